@@ -1,0 +1,273 @@
+"""Evaluate runs of mac.py: everything here needs only the run folder (the model error also needs
+the dataset).
+
+    python eval.py exp/<run>                                  # success, return, length per task
+    python eval.py exp/<run> --candidates 1                   # the cloned behaviour, without Q
+    python eval.py exp/<run> --video out.gif                  # watch it (needs EGL or a display)
+    python eval.py exp/<run> --plot                           # learning curve, from the CSV files
+    python eval.py exp/<run1> exp/<run2> --model-error --plot # Figures 2 and 8 of the paper
+"""
+import argparse
+import collections
+import csv
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+
+import numpy as np
+import torch
+
+import mac
+
+# Success rates of MAC in the paper: tasks 1 to 5 (Tables 12 and 13) and their mean.
+PAPER = {
+    "cube-single-play-singletask": "100±0 100±0 98±3 98±3 97±7 99±2",
+    "cube-double-play-singletask": "82±15 50±12 55±10 28±8 50±9 53±4",
+    "scene-play-singletask": "100±0 100±0 95±10 95±6 93±8 97±4",
+    "puzzle-3x3-play-singletask": "100±0 0±0 0±0 0±0 0±0 20±0",
+    "puzzle-4x4-play-singletask": "98±3 33±27 100±0 85±14 72±40 78±13",
+    "humanoidmaze-medium-navigate-oraclerep": "67±12 87±9 7±0 0±0 22±14 36±2",
+    "humanoidmaze-giant-navigate-oraclerep": "0±0 0±0 0±0 0±0 0±0 0±0",
+    "cube-double-play-oraclerep": "100±0 100±0 100±0 98±3 100±0 100±1",
+    "cube-octuple-play-oraclerep": "83±4 20±9 40±21 5±6 3±4 30±6",
+    "puzzle-3x3-play-oraclerep": "100±0 100±0 100±0 100±0 100±0 100±0",
+    "puzzle-4x5-play-oraclerep": "100±0 100±0 100±0 100±0 93±13 99±3",
+}
+
+
+def paper_numbers(env_id, tasks):
+    """{task name: the paper's success in percent}; empty where the paper has none."""
+    words = [w for w in env_id.split("-")[:-1] if not (w[:4] == "task" and w[4:].isdigit())]
+    numbers = PAPER.get("-".join(words), "").split()
+    if not numbers:
+        return {}
+    table = {f"task{task}": numbers[task - 1] for task in tasks}
+    table["overall"] = numbers[5] if len(tasks) > 1 else numbers[tasks[0] - 1]
+    return table
+
+
+def evaluate(run, args):
+    """Play episodes, print the table. -> the dictionary that --json writes"""
+    agent = mac.load(run, mac.set_up_device(mac.Config(device=args.device)))
+    config = agent.config
+    execute = min(args.execute or config.execute, config.chunk)
+    candidates = args.candidates or config.eval_candidates
+    evaluator = mac.Evaluator(config.env)
+    frames = collections.defaultdict(list)
+
+    def record(env, task, episode):
+        if episode == 0 and len(frames[task]) < 1000:
+            frames[task].append(render(env))
+
+    results = evaluator.play(agent, args.episodes or config.eval_episodes, args.seed, execute,
+                             candidates, record if args.video else lambda *_: None)
+    table = mac.summarize(results)
+    paper = paper_numbers(config.env, evaluator.tasks)
+    saved = pathlib.Path(run) / "config.json"
+    source = json.loads(saved.read_text())["data"] if saved.exists() else "unknown"
+    print(f"{run}: {config.env}, step {agent.step}, trained on {source}")
+    print(f"best of {candidates}, {execute} of the {config.chunk} actions of each chunk executed, "
+          f"seed {args.seed}; {latency(agent, candidates):.1f} ms per decision for one observation"
+          f" on {args.device if args.device != 'auto' else agent_device(agent)}")
+    print(f"{'':8} {'success':>12} {'episodes':>9} {'return':>9} {'length':>7}   paper")
+    for name, row in table.items():
+        print(f"{name:8} {row['success']:6.1%} ±{row['stderr']:5.1%} {row['episodes']:9} "
+              f"{row['return']:9.1f} {row['length']:7.1f}   {paper.get(name, '-')}")
+    if args.video:
+        write_video(args.video, [frame for task in frames.values() for frame in task[::3]])
+    for row in table.values():
+        del row["episodes"]
+    return {"env": config.env, "step": agent.step,
+            "episodes": args.episodes or config.eval_episodes, "execute": execute,
+            "candidates": candidates,
+            "tasks": {name: row for name, row in table.items() if name != "overall"},
+            "overall": table["overall"]}
+
+
+def agent_device(agent):
+    return agent.normalize_observation.middle.device.type
+
+
+def latency(agent, candidates, calls=20):
+    """Median milliseconds to choose a chunk for a single observation."""
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        agent.act(np.zeros(agent.sizes[0]), np.zeros(agent.sizes[1]), candidates)
+        times.append(time.perf_counter() - start)
+    return 1e3 * sorted(times)[calls // 2]
+
+
+# ------------------------------------------------------------------------------ model error
+
+
+@torch.no_grad()
+def model_error(agent, dataset, steps, trajectories=2000):
+    """Mean squared error of the dynamics model, in normalised units, along logged trajectories
+    of `steps` environment steps whose recorded actions are replayed chunk by chunk.
+
+    Args: dataset: a ChunkDataset; up to `trajectories` evenly spaced starts of it are used.
+    Returns: list of (environment steps, error), one per chunk, beginning with (0, 0).
+    Raises: mac.MacError if no trajectory is that long.
+    """
+    n = agent.config.chunk
+    index = torch.arange(len(dataset.last), device=dataset.last.device)
+    starts = index[index + steps // n * n <= dataset.last]
+    if not len(starts) or steps < n:
+        raise mac.MacError(f"--model-error-steps {steps}: needs at least one chunk ({n} actions) "
+                           "and a trajectory of that length")
+    starts = starts[torch.linspace(0, len(starts) - 1, min(trajectories, len(starts))).long()]
+    prediction, errors = dataset.observations[starts], [(0, 0.0)]
+    for step in range(0, steps // n * n, n):
+        chunk = dataset.actions[starts[:, None] + step + dataset.offsets].flatten(1)
+        prediction = agent.next_observation(prediction, chunk)
+        truth = dataset.observations[starts + step + n]
+        errors.append((step + n, (prediction - truth).square().mean().item()))
+    return errors
+
+
+def compare_model_errors(args):
+    """Print, write (RUN/model_error.csv) and plot the model error of every run."""
+    curves = {}
+    for run in args.runs:
+        agent = mac.load(run)
+        config = agent.config
+        if args.dataset_dir:
+            config.dataset_dir = args.dataset_dir
+        path, _ = mac.find_data(config)
+        _, validation = mac.load_data(config, path, mac.make_env(config.env))
+        dataset = mac.make_dataset(agent, mac.to_tensors(validation, config.env),
+                                   torch.device("cpu"))
+        curve = model_error(agent, dataset, args.model_error_steps)
+        label = f"n = {config.chunk}, {run}" if len(args.runs) > 1 else f"n = {config.chunk}"
+        curves[label] = curve
+        with mac.atomic_write(pathlib.Path(run) / "model_error.csv") as file:
+            file.write("".join(["steps,mse\n"] + [f"{s},{e}\n" for s, e in curve]).encode())
+    print("mean squared error of the dynamics model (normalised units, validation split)")
+    for label, curve in curves.items():
+        shown = [c for c in curve if c[0] and c[0] % 25 == 0] or curve[1:]
+        print(f"{label:40}", "  ".join(f"{s} steps: {e:.4g}" for s, e in shown))
+    if args.plot is not None:
+        plt = pyplot()
+        for label, curve in curves.items():
+            plt.plot(*zip(*curve[1:]), marker="." if len(curve) < 30 else "", label=label)
+        plt.xlabel("environment steps"), plt.ylabel("mean squared error"), plt.yscale("log")
+        plt.legend()
+        save_plot(plt, args.plot or pathlib.Path(args.runs[0]) / "model_error.png")
+
+
+# ------------------------------------------------------------------------------ pictures
+
+
+def render(env):
+    try:
+        return env.render()
+    except Exception as error:  # mujoco raises several kinds where there is no renderer
+        raise mac.MacError(f"--video: cannot render here ({error}); install EGL (libegl1) or set "
+                           "MUJOCO_GL=osmesa") from error
+
+
+def write_video(path, frames):
+    import imageio.v3  # comes with ogbench
+
+    with mac.atomic_write(path) as file:
+        imageio.v3.imwrite(file, np.stack(frames), extension=".gif", duration=50, loop=0)
+    print(f"wrote {path} ({len(frames)} frames)")
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise mac.MacError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def save_plot(plt, path):
+    with mac.atomic_write(path) as file:
+        plt.tight_layout()
+        plt.savefig(file, dpi=120, format="png")
+    print(f"wrote {path}")
+
+
+def read_csv(path):
+    try:
+        with open(path, newline="") as file:
+            return list(csv.DictReader(file))
+    except OSError as error:
+        raise mac.MacError(f"cannot read {path}: {error.strerror}") from error
+
+
+def plot_curves(args):
+    """Success (eval.csv) and losses (train.csv) over gradient steps."""
+    plt = pyplot()
+    figure, (success, losses) = plt.subplots(1, 2, figsize=(9, 3.2))
+    for run in map(pathlib.Path, args.runs):
+        rows = [r for r in read_csv(run / "eval.csv") if r["task"] == "overall"]
+        steps, mean = [[float(r[k]) for r in rows] for k in ("step", "success")]
+        error = [float(r["stderr"]) for r in rows]
+        success.plot(steps, mean, marker="o", label=run.name)
+        success.fill_between(steps, np.subtract(mean, error), np.add(mean, error), alpha=0.2)
+    rows = read_csv(pathlib.Path(args.runs[0]) / "train.csv")
+    for name in ("flow", "distill", "dynamics", "reward", "success", "likelihood"):
+        if rows and name in rows[0]:
+            kept = [r for r in rows if r[name]]  # blank in the warmup
+            losses.plot(*[[float(r[k]) for r in kept] for k in ("step", name)], label=name)
+    success.set(xlabel="gradient steps", ylabel="success", ylim=(-0.05, 1.05))
+    losses.set(xlabel="gradient steps", ylabel="loss", yscale="log")
+    success.legend(fontsize=7), losses.legend(fontsize=7)
+    save_plot(plt, args.plot or pathlib.Path(args.runs[0]) / "curve.png")
+
+
+def parse(argv):
+    parser = mac.Parser("eval.py", description="Evaluate runs of mac.py.")
+    positive = mac.number(int, 1, math.inf)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
+    parser.add_argument("--episodes", type=positive, help="per task; default the run's setting")
+    parser.add_argument("--execute", type=positive, help="actions executed of each chunk")
+    parser.add_argument("--candidates", type=positive, help="N; 1 is the cloned behaviour")
+    parser.add_argument("--seed", type=mac.number(int, 0, math.inf), default=0)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--video", metavar="OUT.gif", help="the first episode of each task")
+    parser.add_argument("--json", metavar="OUT.json", help="write the numbers of one run")
+    parser.add_argument("--plot", nargs="?", const="", metavar="OUT.png",
+                        help="draw the learning curve, or with --model-error the errors; "
+                        "default: into the (first) run folder")
+    parser.add_argument("--model-error", action="store_true", help="of the dynamics model")
+    parser.add_argument("--model-error-steps", type=positive, default=100, metavar="STEPS")
+    parser.add_argument("--dataset-dir", help="for --model-error, if it has moved")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    try:
+        args = parse(argv)
+        if args.json and len(args.runs) > 1:
+            raise mac.MacError("--json: takes a single run")
+        if args.model_error:
+            compare_model_errors(args)
+        elif args.plot is not None:
+            plot_curves(args)
+        else:
+            if args.video:  # chosen before mujoco is imported
+                os.environ.setdefault("MUJOCO_GL", "egl")
+            for run in args.runs:
+                report = evaluate(run, args)
+            if args.json:
+                mac.write_json(pathlib.Path(args.json), report)
+        return 0
+    except mac.MacError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

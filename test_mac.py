@@ -1,0 +1,1056 @@
+"""pytest: each piece of mac.py against an independent computation; no download, no GPU needed.
+
+MAC_SLOW=1 pytest runs the long sweep too (fifty kills at random moments, about 10 minutes).
+"""
+import csv
+import functools
+import hashlib
+import http.server
+import io
+import json
+import math
+import os
+import pathlib
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import eval as mac_eval
+import mac
+
+HERE = pathlib.Path(__file__).parent
+TINY = ["--width", "16", "--batch-size", "8", "--collect", "1", "--device", "cpu"]
+SINGLE = "cube-single-play-singletask-v0"
+
+
+def config(**settings):
+    return mac.Config(**{"width": 16, "chunk": 3, "horizon": 4, "discount": 0.9, **settings})
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# ------------------------------------------------------------------------------ the dataset
+
+LENGTHS = (9, 3, 4, 12)  # states per trajectory; with n = 3 the second one is too short
+
+
+def hand_made(lengths=LENGTHS, **settings):
+    """A dataset whose observations and goals are the state's own index."""
+    total = sum(lengths)
+    index = torch.arange(total)
+    ends = np.cumsum(lengths) - 1
+    last = torch.tensor([next(int(e) for e in ends if e >= i) for i in range(total)])
+    actions = torch.stack([index / 100, -index / 100], 1).float()
+    rewards = torch.sin(index.float())
+    own = index[:, None].float()
+    return mac.ChunkDataset(own, own, actions, rewards, last, config(**settings))
+
+
+def trajectory_of(i):
+    ends = np.cumsum(LENGTHS)
+    k = int(np.searchsorted(ends, i, side="right"))
+    return range(ends[k] - LENGTHS[k], ends[k])
+
+
+def test_chunks_rewards_and_labels_by_brute_force():
+    for form in ("mean", "sum"):
+        data, n = hand_made(chunk_reward=form), 3
+        starts = [i for i in range(sum(LENGTHS)) if i + n in trajectory_of(i)]
+        assert data.starts.tolist() == starts  # the last legal start of each included
+        batch = data.batch(data.starts, generator())
+        for row, t in enumerate(starts):
+            actions = [x for i in range(t, t + n) for x in (i / 100, -i / 100)]
+            assert np.allclose(batch.chunk[row], actions)
+            total = sum(0.9 ** i * math.sin(t + i) for i in range(n))
+            assert np.isclose(batch.reward[row], total / n if form == "mean" else total)
+            assert batch.observation[row] == t and batch.next_observation[row] == t + n
+            goal = int(batch.value_goal[row])
+            assert batch.success[row] == (t <= goal < t + n)
+            assert int(batch.actor_goal[row]) in trajectory_of(t)
+
+
+def test_every_legal_start_is_drawn_equally_often():
+    data = hand_made()
+    drawn = data.sample(20000, generator()).observation[:, 0].long()
+    counts = torch.bincount(drawn, minlength=sum(LENGTHS))[data.starts]
+    expected = 20000 / len(data.starts)
+    assert counts.sum() == 20000
+    assert (counts - expected).abs().max() < 5 * expected ** 0.5
+
+
+@pytest.mark.parametrize("odds", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1),
+                                  (0.2, 0, 0.5, 0.3), (0, 0.5, 0, 0.5)])
+def test_goal_distribution(odds):
+    data, t, samples = hand_made(), 2, 40000
+    goals = data.sample_goals(torch.full((samples,), t), odds, generator())
+    total, end = sum(LENGTHS), trajectory_of(t)[-1]
+    expected = np.zeros(total)
+    expected[t] += odds[0]
+    for offset in range(1, end - t):
+        expected[t + offset] += odds[1] * 0.9 ** (offset - 1) * 0.1
+    expected[end] += odds[1] * 0.9 ** (end - t - 1)  # all longer offsets
+    expected[t + 1:end + 1] += odds[2] / (end - t)
+    expected += odds[3] / total
+    frequency = torch.bincount(goals, minlength=total).numpy() / samples
+    assert np.abs(frequency - expected).max() < 5 * 0.5 / samples ** 0.5
+
+
+def test_normalizer():
+    normalize, data = mac.Normalizer(3), torch.randn(50, 3) * torch.tensor([1.0, 100.0, 0.0]) + 5
+    normalize.fit(data)
+    scaled = normalize(data)
+    assert scaled.abs().max() <= 1 and scaled[:, :2].abs().max() > 0.99
+    assert torch.allclose(normalize.inverse(scaled), data, atol=1e-4)
+    half = (data.amax(0) - data.amin(0)) / 2 + 1e-3
+    assert torch.allclose(scaled, (data - (data.amax(0) + data.amin(0)) / 2) / half, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------ networks, flow
+
+
+def test_mlp_against_numpy():
+    net = mac.MLP(5, 2, 8)
+    x = torch.randn(7, 5)
+    h = x.numpy().astype(np.float64)
+    for linear, norm in zip(net.layers[0:12:3], net.layers[2:12:3]):
+        norm.weight.data.normal_(), norm.bias.data.normal_(), linear.bias.data.normal_()
+        h = h @ linear.weight.detach().numpy().T + linear.bias.detach().numpy()
+        h = h / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h ** 3)))
+        h = (h - h.mean(1, keepdims=True)) / np.sqrt(h.var(1, keepdims=True) + 1e-6)
+        h = h * norm.weight.detach().numpy() + norm.bias.detach().numpy()
+    h = h @ net.layers[12].weight.detach().numpy().T
+    assert np.allclose(net(x[:, :2], x[:, 2:]).detach(), h, atol=1e-5)
+
+
+@pytest.mark.skipif(mac.FUSED is None, reason="needs oneDNN")
+@pytest.mark.parametrize("shape", [(7,), (3, 4)])
+def test_the_fused_forward_of_cpus_is_the_plain_one(shape, monkeypatch):
+    net, x = mac.MLP(5, 2, 32), torch.randn(*shape, 5)
+    with torch.no_grad():
+        quick = net(x)
+        assert torch.allclose(quick, net.layers(x), atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = net(x)
+        assert low.dtype == torch.bfloat16 and torch.allclose(low.float(), quick, atol=0.1)
+    assert net(x).requires_grad
+    monkeypatch.setattr(mac, "FUSED", None)
+    with torch.no_grad():
+        assert torch.equal(net(x), net.layers(x))
+
+
+def test_euler_on_fields_with_known_solutions():
+    x_0 = torch.randn(6, 2)
+    none = torch.zeros(6, 0)
+    grow = lambda s, g, x, t: x  # noqa: E731 dx/dt = x: Euler gives (1 + 1/F)^F, the ODE e
+    assert torch.allclose(mac.euler(grow, x_0, none, none, 10), x_0 * 1.1 ** 10, atol=1e-5)
+    assert torch.allclose(mac.euler(grow, x_0, none, none, 5000), x_0 * math.e, atol=1e-2)
+    clock = lambda s, g, x, t: 2 * t.expand_as(x)  # noqa: E731 sum of 2 i / F^2 = 1 - 1/F
+    assert torch.allclose(mac.euler(clock, x_0, none, none, 8), x_0 + 1 - 1 / 8, atol=1e-6)
+
+
+def test_flow_matching_target_and_path():
+    seen = {}
+
+    def velocity(observation, goal, x_t, t):
+        seen.update(x_t=x_t, t=t)
+        return torch.zeros_like(x_t)
+
+    x_1 = torch.randn(5, 2)
+    loss = mac.flow_matching_loss(velocity, x_1, None, None, generator(3))
+    x_0 = torch.randn(5, 2, generator=generator(3))
+    assert torch.allclose(loss, ((x_1 - x_0) ** 2).mean())
+    assert torch.allclose(seen["x_t"], x_0 + seen["t"] * (x_1 - x_0), atol=1e-6)
+    assert seen["t"].shape == (5, 1) and 0 <= seen["t"].min() and seen["t"].max() <= 1
+
+
+def toy_batch(chunk, goal_width=0, observation_width=1):
+    rows = len(chunk)
+    observation, goal = torch.zeros(rows, observation_width), torch.zeros(rows, goal_width)
+    zeros = torch.zeros(rows)
+    return mac.Batch(observation, chunk, zeros, observation, zeros, goal, goal)
+
+
+@pytest.mark.parametrize("kind", ["flow", "gaussian"])
+def test_flow_keeps_two_modes_and_a_gaussian_does_not(kind):
+    torch.manual_seed(0)
+    policy = mac.POLICIES[kind](1, 0, 1, config(width=32, flow_steps=10))
+    optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
+    noise = generator()
+    for _ in range(500):
+        sign = torch.randint(0, 2, (256, 1), generator=noise) * 2.0 - 1
+        chunk = 0.6 * sign + 0.05 * torch.randn(256, 1, generator=noise)
+        optimizer.zero_grad()
+        sum(policy.loss(toy_batch(chunk), None, None, noise).values()).backward()
+        optimizer.step()
+    with torch.no_grad():
+        sample = policy.propose(torch.zeros(4000, 1), torch.zeros(4000, 0), noise)
+    near = [(abs(sample - mode) < 0.2).float().mean() for mode in (-0.6, 0.6)]
+    between = (abs(sample) < 0.3).float().mean()
+    if kind == "flow":
+        assert min(near) > 0.35 and between < 0.1
+    else:
+        assert between > 0.2
+
+
+def test_distillation_fits_the_clipped_teacher_and_gives_it_no_gradient():
+    policy = mac.FlowPolicy(2, 1, 4, config(flow_steps=3))
+    batch = toy_batch(torch.rand(6, 4) * 2 - 1, 1, 2)
+    loss = policy.loss(batch, None, None, generator(1))["distill"]
+    x = z = torch.randn(6, 4, generator=generator(1))
+    with torch.no_grad():
+        for i in range(3):
+            t = torch.full((6, 1), i / 3)
+            x = x + policy.velocity(batch.observation, batch.actor_goal, x, t) / 3
+        difference = policy.one_step(batch.observation, batch.actor_goal, z) - x.clip(-1, 1)
+    assert torch.allclose(loss, difference.square().mean(), atol=1e-6)
+    loss.backward()
+    assert all(p.grad is None for p in policy.velocity.parameters())
+    assert all(p.grad is not None for p in policy.one_step.parameters())
+
+
+# ------------------------------------------------------------------------------ the agent
+
+
+def make_agent(goal=2, **settings):
+    torch.manual_seed(1)
+    return mac.Agent(4, goal, 2, config(**settings))
+
+
+def test_best_of_n_is_the_arg_max():
+    agent = make_agent()
+    observation, goal = torch.randn(5, 4), torch.randn(5, 2)
+    chosen = agent.best_of(7, observation, goal, generator(2))
+    proposals = agent.policy.propose(observation[:, None].expand(5, 7, 4),
+                                     goal[:, None].expand(5, 7, 2), generator(2))
+    for b in range(5):
+        scores = [agent.critic(observation[b], proposals[b, i], goal[b]).item() for i in range(7)]
+        assert torch.equal(chosen[b], proposals[b, int(np.argmax(scores))])
+    assert proposals.abs().max() <= 1
+
+
+def test_exact_proposals_come_from_the_flow_itself():
+    agent = make_agent(flow_steps=3, eval_flow=True)
+    observation, goal = torch.randn(5, 4), torch.randn(5, 2)
+    z = torch.randn(5, 1, 6, generator=generator(2))[:, 0]
+    expected = mac.euler(agent.policy.velocity, z, observation, goal, 3).clamp(-1, 1)
+    chunk = agent.act(observation.numpy(), goal.numpy(), candidates=1, generator=generator(2))
+    assert np.allclose(chunk.reshape(5, 6), expected.detach(), atol=1e-5)
+
+
+def test_returns_against_plain_recursion_with_an_end_in_the_middle():
+    rng = np.random.default_rng(0)
+    rewards, masks = rng.normal(size=(4, 3)), np.ones((4, 3))
+    masks[1, 0] = masks[0, 2] = masks[3, 2] = 0
+    final = rng.normal(size=3)
+
+    def value(k, b):
+        return final[b] if k == 4 else rewards[k, b] + 0.7 * masks[k, b] * value(k + 1, b)
+
+    result = mac.returns(*map(torch.tensor, (rewards, masks, final)), 0.7)
+    expected = [[value(k, b) for b in range(3)] for k in range(4)]
+    assert np.allclose(result, expected)
+    assert np.isclose(result[0, 0], rewards[0, 0] + 0.7 * rewards[1, 0])  # nothing after the end
+
+
+@pytest.mark.parametrize("goal", [0, 2])
+def test_rollout_step_by_step(goal):
+    agent = make_agent(goal)
+    observation, goals = torch.randn(6, 4), torch.randn(6, goal)
+    rollout = agent.imagine(observation, goals, generator(4))
+    noise, state = generator(4), observation
+    with torch.no_grad():
+        for k in range(4):
+            chunk = agent.best_of(8, state, goals, noise)
+            output = agent.outcome(state, chunk, goals)
+            success = (torch.sigmoid(output) > 0.5).float()
+            reward, mask = (success - 1, 1 - success) if goal else (output, torch.ones(6))
+            following = state + agent.dynamics(torch.cat([state, chunk], 1))
+            for name, value in (("chunks", chunk), ("rewards", reward), ("masks", mask),
+                                ("observations", state)):
+                assert torch.allclose(getattr(rollout, name)[k], value, atol=1e-6), name
+            state = following
+    assert torch.allclose(rollout.observations[4], state, atol=1e-6)
+    assert not rollout.chunks.requires_grad
+
+
+@pytest.mark.parametrize("horizon", [1, 4])
+def test_value_and_critic_targets(horizon):
+    agent = make_agent(horizon=horizon)
+    for p in agent.target_value.parameters():
+        p.data.add_(0.05)  # so that the target network differs from the online one
+    rollout = agent.imagine(torch.randn(6, 4), torch.randn(6, 2), generator(4))
+    masks = rollout.masks.clone()
+    masks[0, :3] = 0
+    rollout = rollout._replace(masks=masks)
+    losses = agent.value_losses(rollout)
+    gamma, s = 0.9 ** 3, rollout.observations
+    with torch.no_grad():
+        target = agent.target_value(s[-1], rollout.goal).numpy()
+        total = 0
+        for k in reversed(range(horizon)):
+            target = rollout.rewards[k].numpy() + gamma * masks[k].numpy() * target
+            total += ((agent.value(s[k], rollout.goal).numpy() - target) ** 2).mean() / horizon
+        q_target = (rollout.rewards[0] + gamma * masks[0] * agent.value(s[1], rollout.goal)).numpy()
+        q = agent.critic(s[0], rollout.chunks[0], rollout.goal).numpy()
+    assert np.isclose(losses["value"].item(), total, rtol=1e-5)
+    assert np.isclose(losses["critic"].item(), ((q - q_target) ** 2).mean(), rtol=1e-5)
+    losses["critic"].backward()
+    assert all(p.grad is None for p in agent.value.parameters())
+    losses = agent.value_losses(rollout)
+    losses["value"].backward()
+    assert all(p.grad is None for p in agent.target_value.parameters())
+
+
+@pytest.mark.parametrize("goal", [0, 2])
+def test_model_losses(goal):
+    agent = make_agent(goal)
+    batch = mac.Batch(torch.randn(9, 4), torch.rand(9, 6), torch.randn(9), torch.randn(9, 4),
+                      torch.randint(0, 2, (9,)).float(), torch.randn(9, goal), torch.randn(9, goal))
+    losses = agent.model_losses(batch)
+    output = agent.outcome(batch.observation, batch.chunk, batch.value_goal)
+    error = batch.observation + agent.dynamics(batch.observation, batch.chunk)
+    assert torch.allclose(losses["dynamics"], ((error - batch.next_observation) ** 2).mean())
+    if goal:
+        p, y = torch.sigmoid(output), batch.success
+        expected = -(y * p.log() + (1 - y) * (1 - p).log()).mean()
+        assert torch.allclose(losses["success"], expected, atol=1e-6)
+    else:
+        assert torch.allclose(losses["reward"], ((output - batch.reward) ** 2).mean())
+
+
+def chunk_data(goal=2, **settings):
+    settings = config(**settings)
+    last = torch.arange(3).repeat_interleave(20) * 20 + 19
+    torch.manual_seed(2)
+    return mac.ChunkDataset(torch.randn(60, 4), torch.randn(60, goal), torch.rand(60, 2) * 2 - 1,
+                            torch.randn(60), last, settings)
+
+
+def test_warmup_trains_the_models_and_the_policy_alone():
+    agent = make_agent()
+    before = {name: p.clone() for name, p in agent.named_parameters()}
+    losses = mac.update(agent, mac.make_optimizer(agent), chunk_data().sample(8, generator()),
+                        generator(), warmup=True)
+    assert set(losses) == {"flow", "distill", "dynamics", "success"}
+    changed = {name.split(".")[0] for name, p in agent.named_parameters()
+               if (p != before[name]).any()}
+    assert changed == {"policy", "dynamics", "outcome"}
+
+
+def test_update_is_adam_on_the_sum_of_losses_and_moves_the_target():
+    agent, twin = make_agent(), make_agent()
+    batch = chunk_data().sample(16, generator())
+    mac.update(agent, mac.make_optimizer(agent), batch, generator(5))
+    losses, _ = twin.losses(batch, generator(5))
+    sum(losses.values()).backward()
+    for (name, after), before in zip(agent.named_parameters(), twin.parameters()):
+        if name.startswith("target"):
+            continue
+        step = before - 3e-4 * before.grad / (before.grad.abs() + 1e-8)  # Adam's first step
+        assert torch.allclose(after, step, atol=1e-6), name
+    for target, value, old in zip(agent.target_value.parameters(), agent.value.parameters(),
+                                  twin.target_value.parameters()):
+        assert torch.allclose(target, 0.995 * old + 0.005 * value, atol=1e-7)
+
+
+def test_rollout_batch_size_limits_the_rollouts_only():
+    seen = []
+    agent = make_agent(rollout_batch_size=5)
+    agent.imagine = lambda *a: seen.append(a[0].shape) or mac.Agent.imagine(agent, *a)
+    agent.losses(chunk_data().sample(16, generator()), generator())
+    assert seen == [(5, 4)]
+
+
+def test_bfloat16_changes_proposals_and_scores_only_a_little():
+    full, low = make_agent(width=64), make_agent(width=64, precision="bfloat16")
+    batch = chunk_data().sample(64, generator())
+    a, b = (agent.losses(batch, generator())[0] for agent in (full, low))
+    assert a["dynamics"] == b["dynamics"] and a["flow"] == b["flow"]
+    assert all(value.dtype == torch.float32 for value in b.values())
+    assert a["distill"] != b["distill"] and torch.allclose(a["distill"], b["distill"], rtol=0.05)
+    states = low.imagine(batch.observation, batch.value_goal, generator()).observations
+    assert states.dtype == torch.float32
+
+
+# ------------------------------------------------------------------------------ policies
+
+
+def test_gaussian_log_likelihood():
+    policy = mac.GaussianPolicy(2, 1, 4, config())
+    observation, goal = torch.randn(9, 2), torch.randn(9, 1)
+    chunk = torch.rand(9, 4) * 1.9 - 0.95
+    mean, log_std = policy.moments(observation, goal)
+    reference = torch.distributions.TransformedDistribution(
+        torch.distributions.Normal(mean, log_std.exp()),
+        torch.distributions.TanhTransform()).log_prob(chunk).sum(-1)
+    assert torch.allclose(policy.log_likelihood(chunk, observation, goal), reference, atol=1e-3)
+
+
+def test_onestep_is_the_flow_policy_with_one_euler_step():
+    flow, one = mac.FlowPolicy(2, 1, 4, config()), mac.OneStepPolicy(2, 1, 4, config())
+    one.velocity.load_state_dict(flow.velocity.state_dict())
+    observation, goal = torch.randn(9, 2), torch.randn(9, 1)
+    z = torch.randn(9, 4, generator=generator(3))
+    expected = mac.euler(flow.velocity, z, observation, goal, 1).clamp(-1, 1)
+    assert torch.equal(one.propose(observation, goal, generator(3)), expected)
+    assert set(one.loss(toy_batch(torch.rand(3, 4), 1, 2), None, None, generator())) == {"flow"}
+
+
+def test_fql_gradient_reaches_the_one_step_policy_only():
+    agent = make_agent(policy="fql", candidates=1, fql_alpha=0.3)
+    plain = mac.FlowPolicy.loss
+    batch = chunk_data().sample(16, generator())
+    rollout = agent.imagine(batch.observation, batch.value_goal, generator())
+    losses = agent.policy.loss(batch, rollout, agent.critic, generator(7))
+    expected = plain(agent.policy, batch, rollout, agent.critic, generator(7))
+    assert torch.allclose(losses["distill"], 0.3 * expected["distill"])
+    losses["extract"].backward()
+    touched = {name.split(".")[0] + "." + name.split(".")[1] for name, p in
+               agent.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert touched == {"policy.one_step"}
+    # minus the mean of Q over the mean of |Q|: +1 where every Q is negative, -1 where positive
+    agent.critic.layers[-1].bias.data.fill_(-100)
+    extract = agent.policy.loss(batch, rollout, agent.critic, generator(7))["extract"]
+    assert np.isclose(extract.item(), 1)
+
+
+@pytest.mark.parametrize("policy", list(mac.POLICIES))
+@pytest.mark.parametrize("chunk", [1, 5])
+def test_every_policy_updates(policy, chunk):
+    agent = make_agent(policy=policy, chunk=chunk)
+    data = chunk_data(chunk=chunk)
+    before = {name: p.clone() for name, p in agent.named_parameters()}
+    losses = mac.update(agent, mac.make_optimizer(agent), data.sample(8, generator()), generator())
+    assert all(value.isfinite() for value in losses.values())
+    assert all((p != before[name]).any() for name, p in agent.named_parameters())
+    assert agent.act(np.zeros(4), np.zeros(2)).shape == (chunk, 2)
+
+
+# ------------------------------------------------------------------------------ real data
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """One collected training and one validation episode of cube-single."""
+    folder = tmp_path_factory.mktemp("data")
+    mac.collect(folder / "cube-single-play-v0-collected1.npz", "cube-single-v0", 1, workers=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(data_dir, tmp_path_factory):
+    """A run of a few steps per id family."""
+    runs = {}
+    for kind in ("singletask-", "oraclerep-", ""):
+        env = f"cube-single-play-{kind}v0"
+        runs[env] = tmp_path_factory.mktemp("runs") / env
+        assert mac.main(["--env", env, *TINY, "--steps", "4", "--log-interval", "2",
+                         "--eval-interval", "0", "--dataset-dir", str(data_dir),
+                         "--save-dir", str(runs[env])]) == 0
+    return runs
+
+
+def test_collection_is_the_same_with_one_worker_and_loads_in_ogbench(data_dir, tmp_path):
+    name = "cube-single-play-v0-collected1"
+    path = data_dir / f"{name}.npz"
+    mac.collect(tmp_path / path.name, "cube-single-v0", 1, workers=1)
+    for suffix in ("", "-val"):
+        other = f"{name}{suffix}.npz"
+        with np.load(data_dir / other) as a, np.load(tmp_path / other) as b:
+            assert sorted(a) == ["actions", "observations", "qpos", "qvel", "terminals"]
+            assert all(np.array_equal(a[key], b[key]) for key in a)
+            assert a["observations"].shape == (1001, 28) and np.abs(a["actions"]).max() <= 1
+            assert a["terminals"].sum() == a["terminals"][-1] == 1
+    ogbench, _ = mac.import_ogbench()
+    _, train, val = ogbench.make_env_and_datasets(SINGLE, dataset_path=str(path),
+                                                  compact_dataset=True)
+    assert train["valids"].sum() == 1000 and set(np.unique(train["rewards"])) <= {-1, 0}
+    assert not np.array_equal(train["observations"], val["observations"])
+
+
+def test_command_line_from_training_to_evaluation(trained, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(mac.Evaluator.__init__, "__defaults__", (1,))  # building one takes 1 s
+    for env, folder in trained.items():
+        with open(folder / "train.csv") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["step"] for row in rows] == ["2", "4"]
+        assert json.loads((folder / "config.json").read_text())["env"] == env
+        report = tmp_path / f"{env}.json"
+        assert mac_eval.main([str(folder), "--episodes", "1", "--execute", "3", "--candidates",
+                              "2", "--json", str(report)]) == 0
+        tasks = 1 if "singletask" in env else 5
+        result = json.loads(report.read_text())
+        assert (result["step"], result["execute"], result["candidates"]) == (4, 3, 2)
+        assert len(result["tasks"]) == tasks
+        assert set(result["overall"]) == {"success", "stderr", "return", "length"}
+        printed = capsys.readouterr().out
+        assert "overall" in printed and "collected" in printed
+        if tasks == 1:
+            assert "100±0" in printed  # the paper's number
+
+
+def test_evaluation_is_repeatable_and_leaves_training_noise_alone(trained):
+    agent = mac.load(trained["cube-single-play-v0"])
+    evaluator = mac.Evaluator("cube-single-play-v0", environments=2)
+    evaluator.tasks = [1, 4]
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = evaluator.play(agent, 1, seed=3, execute=10)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert evaluator.play(agent, 1, seed=3, execute=10) == first
+    assert evaluator.play(agent, 1, seed=3, stop=lambda: True) is None
+    goals = [mac.reset(evaluator.envs[0], 4, 9)[1] for _ in range(2)]
+    assert np.array_equal(*goals)
+
+
+def test_model_error_against_a_plain_loop(trained, data_dir):
+    agent = mac.load(trained[SINGLE])
+    _, validation, n = None, None, agent.config.chunk
+    path = data_dir / "cube-single-play-v0-collected1-val.npz"
+    with np.load(path) as file:
+        states, actions = file["observations"], file["actions"]
+    raw = {"observations": states, "actions": actions, "valids": np.r_[np.ones(1000), 0]}
+    data = mac.make_dataset(agent, mac.to_tensors(raw, SINGLE), torch.device("cpu"))
+    curve = mac_eval.model_error(agent, data, 30, trajectories=5)
+    starts = np.linspace(0, 970, 5).astype(int)
+    errors = np.zeros(4)
+    for t in starts:
+        state = agent.normalize_observation(torch.tensor(states[t]))
+        for k in range(3):
+            chunk = torch.tensor(actions[t + k * n:t + (k + 1) * n]).flatten()
+            state = state + agent.dynamics(state, chunk.clamp(-1 + 1e-5, 1 - 1e-5)).detach()
+            truth = agent.normalize_observation(torch.tensor(states[t + (k + 1) * n]))
+            errors[k + 1] += ((state - truth) ** 2).mean().item() / 5
+    assert [step for step, _ in curve] == [0, 10, 20, 30]
+    assert np.allclose([e for _, e in curve], errors, rtol=1e-4)
+
+
+def test_pictures(trained, data_dir, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    run = str(trained[SINGLE])
+    assert mac_eval.main([run, "--model-error", "--plot", str(tmp_path / "error.png")]) == 0
+    (trained[SINGLE] / "eval.csv").write_text("step,task,success,stderr\n4,overall,0.5,0.1\n")
+    assert mac_eval.main([run, "--plot", str(tmp_path / "curve.png")]) == 0
+    assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG"
+               for name in ("error.png", "curve.png"))
+
+
+def test_load_gives_an_agent_for_other_programs(trained):
+    agent = mac.load(trained["cube-single-play-oraclerep-v0"])
+    one = agent.act(np.zeros(28), np.zeros(3), generator=generator())
+    many = agent.act(np.zeros((4, 28)), np.zeros((4, 3)))
+    assert one.shape == (10, 5) and many.shape == (4, 10, 5) and one.dtype == np.float32
+    assert np.abs(many).max() <= 1
+    with pytest.raises(ValueError, match="observation .* takes 28"):
+        agent.act(np.zeros(27), np.zeros(3))
+    with pytest.raises(ValueError, match="goal .* takes 3"):
+        agent.act(np.zeros(28))
+
+
+def test_import_starts_nothing(tmp_path):
+    code = ("import sys, mac, eval, threading; assert not {'ogbench', 'mujoco', 'matplotlib'} & "
+            "set(sys.modules); assert threading.active_count() == 1")
+    env = {**os.environ, "PYTHONPATH": str(HERE)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env,
+                            capture_output=True, text=True)
+    assert result.returncode == 0 and not result.stdout and not list(tmp_path.iterdir())
+
+
+def test_settings_follow_the_environment():
+    def settings(env, **given):
+        c = mac.make_config({"env": env, **given})
+        return c.width, c.batch_size, c.steps, c.candidates, c.actor_goals
+
+    cube, puzzle, maze = (0, 1, 0, 0), (0, 0.5, 0, 0.5), (0, 0, 1, 0)
+    assert settings(SINGLE) == (512, 256, 10 ** 6, 8, cube)
+    for env in ("cube-double-play-v0", "cube-double-play-oraclerep-v0"):
+        assert settings(env) == (1024, 1024, 2 * 10 ** 6, 8, cube)
+    assert settings("puzzle-3x3-play-oraclerep-v0") == (1024, 1024, 2 * 10 ** 6, 8, puzzle)
+    assert settings("puzzle-4x5-play-oraclerep-v0") == (256, 1024, 2 * 10 ** 6, 32, puzzle)
+    assert settings("humanoidmaze-giant-navigate-oraclerep-v0")[-1] == maze
+    assert settings("cube-double-play-v0", width=7)[0] == 7
+    fql = mac.make_config({"env": SINGLE, "policy": "fql"})
+    assert (fql.candidates, fql.eval_candidates) == (1, 1)
+
+
+# ------------------------------------------------------------------------------ speed
+
+
+def test_flops_per_update_against_a_hand_count(capsys):
+    assert mac.main(["--env", SINGLE, "--width", "32", "--batch-size", "16", "--benchmark", "2",
+                     "--device", "cpu"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    O, D, W, B, N, H, S = 28, 50, 32, 16, 8, 10, 10
+
+    def forward(inputs, outputs):
+        return 2 * (inputs * W + 3 * W * W + W * outputs)
+
+    def train(inputs, outputs):  # forward, gradient of weights, gradient of all inputs but x
+        return 3 * forward(inputs, outputs) - 2 * inputs * W
+
+    rollout = H * B * (N * (forward(O + D, D) + forward(O + D, 1))
+                       + forward(O + D, 1) + forward(O + D, O))
+    teacher = S * B * forward(O + D + 1, D)
+    losses = B * (train(O + D + 1, D) + train(O + D, D) + train(O + D, O) + 2 * train(O + D, 1)
+                  + H * train(O, 1)) + B * forward(O, 1)
+    assert report["gflop_per_update"] * 1e9 == rollout + teacher + losses
+    assert report["device"] == "cpu" and report["ms_min"] <= report["ms_median"]
+    assert np.isclose(report["fraction_of_peak"], report["gflops"] / report["peak_gflops"])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("goal", [0, 2])
+def test_cuda_graph_agrees_with_eager_updates(goal):
+    device = torch.device("cuda")
+    results = []
+    for graphed in (False, True):
+        agent, data = make_agent(goal).to(device), chunk_data(goal)
+        for name in ("observations", "goals", "actions", "rewards", "last", "starts", "offsets",
+                     "reward_weights"):
+            setattr(data, name, getattr(data, name).to(device))
+        optimizer = mac.make_optimizer(agent)
+        batches, noise = mac.make_generators(0, device, device)
+        agent.config.batch_size = 16
+        if graphed:
+            step = mac.make_step(agent, optimizer, data, batches, noise)
+        else:
+            step = lambda: mac.update(agent, optimizer, data.sample(16, batches), noise)  # noqa
+        for _ in range(5):
+            losses = {name: value.item() for name, value in step().items()}
+        results.append((losses, [p.detach().cpu() for p in agent.parameters()]))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(results[0][1], results[1][1]))
+
+
+# ------------------------------------------------------------------------------ nothing lost
+
+
+def train_command(data_dir, folder, *more):
+    return ["--env", SINGLE, *TINY, "--dataset-dir", str(data_dir), "--save-dir", str(folder),
+            "--steps", "60", "--log-interval", "4", "--eval-interval", "0", "--save-interval", "5",
+            "--decay", "--warmup", "0.25", *more]
+
+
+def spawn(*command):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # bits depend on the number of threads
+    process = subprocess.Popen([sys.executable, HERE / "mac.py", *command], env=env, cwd=HERE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.started = time.time()
+    return process
+
+
+def fingerprint(folder):
+    """SHA-256 of parameters, target, Adam's state and generators, in a fixed order."""
+    digest = hashlib.sha256()
+
+    def add(value):
+        if isinstance(value, dict):
+            for key in sorted(value, key=str):
+                digest.update(str(key).encode())
+                add(value[key])
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                add(item)
+        elif isinstance(value, torch.Tensor):
+            digest.update(value.numpy().tobytes())
+        else:
+            digest.update(repr(value).encode())
+
+    state = mac.load_checkpoint(folder)
+    add([state[key] for key in ("step", "agent", "optimizer", "generators")])
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(data_dir, tmp_path_factory):
+    """The same run twice, side by side, the second with other intervals."""
+    folders = tmp_path_factory.mktemp("plain"), tmp_path_factory.mktemp("intervals")
+    others = ["--log-interval", "7", "--eval-interval", "30", "--eval-episodes", "1",
+              "--save-interval", "3"]
+    runs = [spawn(*train_command(data_dir, folder, *more))
+            for folder, more in zip(folders, ([], others))]
+    for process in runs:
+        assert process.wait() == 0, process.stderr.read()
+    return folders
+
+
+def test_intervals_do_not_change_what_is_learned(uninterrupted):
+    assert fingerprint(uninterrupted[0]) == fingerprint(uninterrupted[1])
+
+
+def interrupt(data_dir, folder, interruptions, reference):
+    """Start and resume a run that ends by each of `interruptions`, (signal, delay after the first
+    new row of its log), then let it finish: nothing may differ from `reference`."""
+    log = folder / "train.csv"
+    command = train_command(data_dir, folder, "--save-interval", "1", "--resume")
+    for number, delay in interruptions:
+        process = spawn(*command)
+        while process.poll() is None:  # until it has logged a step that is its own
+            rows = log.read_text().count("\n") if log.exists() else 0
+            saved = folder / "checkpoint.pt"
+            if rows > 1 and saved.exists() and saved.stat().st_mtime > process.started:
+                break
+            time.sleep(0.002)
+        time.sleep(delay)
+        process.send_signal(number)
+        status = process.wait(20)
+        if number == signal.SIGKILL:
+            assert status in (-9, 0)
+        else:
+            assert status == 128 + number, process.stderr.read()
+        assert mac.load_checkpoint(folder)["step"] > 0
+    process = spawn(*command)
+    assert process.wait() == 0, process.stderr.read()
+    assert fingerprint(folder) == fingerprint(reference)
+    assert log.read_bytes() == (reference / "train.csv").read_bytes()
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_signals_kills_and_resume_are_bit_identical(data_dir, uninterrupted, tmp_path):
+    interrupt(data_dir, tmp_path, [(signal.SIGTERM, 0), (signal.SIGKILL, 0.03), (signal.SIGINT, 0)],
+              uninterrupted[0])
+
+
+@pytest.mark.skipif("MAC_SLOW" not in os.environ, reason="MAC_SLOW=1 runs it")
+def test_fifty_kills(data_dir, uninterrupted, tmp_path):
+    for i in range(10):
+        (tmp_path / str(i)).mkdir()
+        delays = np.random.default_rng(i).uniform(0, 0.15, 5)
+        interrupt(data_dir, tmp_path / str(i), [(signal.SIGKILL, d) for d in delays],
+                  uninterrupted[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_no_worker_outlives_a_collection(number, tmp_path):
+    """While the pipe that all of them hold is open, one of them is alive."""
+    process = spawn("--env", SINGLE, "--collect", "400", "--dataset-dir", str(tmp_path),
+                    "--save-dir", str(tmp_path / "run"))
+    text = ""
+    while "1/440" not in text:
+        text += process.stderr.read(1)
+    process.send_signal(number)
+    rest = process.communicate(timeout=30)[1]
+    assert process.returncode == (130 if number == signal.SIGINT else -number)
+    assert "Traceback" not in rest and not list(tmp_path.glob("*.npz"))
+
+
+def test_second_signal_quits_at_once():
+    with mac.Stop() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def small_checkpoint(folder, step=1):
+    mac.save_checkpoint(folder, {"step": step, "weights": torch.arange(100.0)})
+    return folder / "checkpoint.pt"
+
+
+def test_two_hundred_flips_and_truncations_of_a_checkpoint_are_refused(tmp_path):
+    small_checkpoint(tmp_path, 1)
+    path = small_checkpoint(tmp_path, 2)
+    assert mac.load_checkpoint(tmp_path)["step"] == 2
+    good, rng = path.read_bytes(), np.random.default_rng(0)
+    damaged = [good[:n] for n in rng.integers(0, len(good), 20)]
+    for position in rng.integers(0, len(good), 200):
+        flipped = bytearray(good)
+        flipped[position] ^= 1 << rng.integers(8)
+        damaged.append(bytes(flipped))
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(mac.MacError, match="checkpoint.pt is damaged: delete it to go on from "
+                                               "checkpoint-previous.pt"):
+            mac.load_checkpoint(tmp_path)
+    path.unlink()
+    assert mac.load_checkpoint(tmp_path)["step"] == 1
+
+
+def test_a_checkpoint_that_carries_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    buffer = io.BytesIO()
+    torch.save({"step": Evil()}, buffer, pickle_module=pickle)
+    data = buffer.getvalue()
+    (tmp_path / "checkpoint.pt").write_bytes(data + hashlib.sha256(data).digest())
+    with pytest.raises(mac.MacError, match="not a checkpoint"):
+        mac.load_checkpoint(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_disk_full_leaves_the_old_checkpoint(tmp_path):
+    path = small_checkpoint(tmp_path, 1)
+    before = path.read_bytes()
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with pytest.raises(mac.MacError, match="cannot write .*checkpoint.pt: File too large"):
+            mac.save_checkpoint(tmp_path, {"step": 2, "weights": torch.arange(100.0)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_logs_drop_a_torn_line_and_rows_after_the_checkpoint(tmp_path):
+    path = tmp_path / "train.csv"
+    log = mac.Log(path, 0)
+    for step in (10, 20, 30):
+        log.write([{"step": step, "loss": step / 2}])
+    whole = path.read_text()
+    path.write_text(whole + "40,2")
+    log = mac.Log(path, 20)
+    assert path.read_text() == "step,loss\n10,5.0\n20,10.0\n" and log.has(20) and not log.has(30)
+    log.write([{"step": 30, "loss": 15.0}])
+    assert path.read_text() == whole
+    path.write_text("step,lo")
+    mac.Log(path, 0).write([{"step": 1, "loss": 2}])
+    assert path.read_text() == "step,loss\n1,2\n"
+
+
+def failing(capsys, *command, status=2):
+    """Run mac.py in this process; -> its single line of error."""
+    capsys.readouterr()
+    assert mac.main(list(command)) == status
+    error = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
+    assert len(error) == 1 and error[0].startswith("error: "), error
+    return error[0]
+
+
+def test_a_loss_that_is_not_finite_stops_with_status_3(data_dir, tmp_path, capsys):
+    command = train_command(data_dir, tmp_path, "--steps", "10", "--log-interval", "0")
+    assert mac.main(command) == 0
+    good = (tmp_path / "checkpoint.pt").read_bytes()
+    state = mac.load_checkpoint(tmp_path)
+    state["agent"]["value.layers.0.weight"][0, 0] = float("nan")
+    mac.save_checkpoint(tmp_path, state)
+    (tmp_path / "checkpoint-previous.pt").write_bytes(good)
+    error = failing(capsys, *command, "--steps", "20", "--resume", status=3)
+    assert "is not finite at step 15" in error and "value" in error
+    assert (tmp_path / "checkpoint-previous.pt").read_bytes() == good
+
+
+def test_resume_refuses_other_data(trained, data_dir, tmp_path, capsys):
+    for suffix in ("", "-val"):  # the validation episode in the place of the training one
+        source = data_dir / "cube-single-play-v0-collected1-val.npz"
+        (tmp_path / f"cube-single-play-v0-collected1{suffix}.npz").write_bytes(source.read_bytes())
+    error = failing(capsys, "--env", SINGLE, *TINY, "--dataset-dir", str(tmp_path), "--save-dir",
+                    str(trained[SINGLE]), "--resume")
+    assert "the data are not those" in error
+
+
+def test_a_run_folder_is_neither_overwritten_nor_shared(trained, data_dir, capsys):
+    folder = trained[SINGLE]
+    before = {p: p.read_bytes() for p in folder.iterdir()}
+    same = ["--env", SINGLE, *TINY, "--dataset-dir", str(data_dir), "--save-dir", str(folder)]
+    assert "already holds a run" in failing(capsys, *same)
+    assert "--width: this run has 16, not 32" in failing(capsys, *same, "--resume", "--width", "32")
+    assert "--seed" in failing(capsys, *same, "--resume", "--seed", "5")
+    with mac.lock(folder):
+        assert "another process" in failing(capsys, *same, "--resume")
+    assert {p: p.read_bytes() for p in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("command, message", [
+    (["--env", "cube-duble-play-v0"], "did you mean cube-double-play-v0"),
+    (["--env", "zzz"], "did you mean cube-double-play-v0?"),
+    (["--stepz", "3"], "unrecognized arguments: --stepz"),
+    (["--steps", "0"], "0 is not in [1"),
+    (["--steps", "x"], "invalid int value"),
+    (["--batch-size", "0"], "--batch-size"),
+    (["--candidates", "0"], "--candidates"),
+    (["--discount", "1.5"], "--discount"),
+    (["--seed", "-1"], "--seed"),
+    (["--value-goals", "nan", "0", "0", "0"], "add up to 1"),
+    (["--policy", "flw"], "invalid choice: 'flw'"),
+    (["--device", "cuda"], "sees no GPU"),
+    (["--value-goals", "1", "1", "0", "0"], "add up to 1"),
+    (["--save-dir", "/proc/nowhere"], "cannot create the folder /proc/nowhere"),
+    (["--save-dir", "/proc"], "cannot write in /proc"),
+    (["--chunk", "1001"], "no trajectory is longer than a chunk"),
+    (["--env", "antmaze-large-navigate-v0", "--collect", "3"], "no scripted policy"),
+    (["--resume", "--steps"], "expected one argument"),
+])
+def test_bad_input_is_one_line_and_status_2(command, message, data_dir, tmp_path, capsys):
+    if "cuda" in command and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    base = ["--env", SINGLE, *TINY, "--dataset-dir", str(data_dir),
+            "--save-dir", str(tmp_path / "run")]
+    assert message in failing(capsys, *base, *command)
+    assert not list(tmp_path.rglob("*.csv"))
+
+
+@pytest.mark.parametrize("command, message", [
+    (["nowhere"], "cannot read nowhere/checkpoint.pt"),
+    (["nowhere", "--episodes", "0"], "--episodes"),
+    (["nowhere", "--plot"], "cannot read nowhere/eval.csv"),
+])
+def test_bad_input_to_eval(command, message, capsys):
+    assert mac_eval.main(command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+# ------------------------------------------------------------------------------ damaged data
+
+
+def arrays(rows=40):
+    rng = np.random.default_rng(0)
+    data = {"observations": rng.normal(size=(rows, 28)), "actions": rng.uniform(-1, 1, (rows, 5)),
+            "terminals": np.arange(rows) % 20 == 19, "qpos": rng.normal(size=(rows, 21)),
+            "qvel": rng.normal(size=(rows, 20))}
+    return {k: v.astype(bool if k == "terminals" else np.float32) for k, v in data.items()}
+
+
+def put(key, index, value):
+    def change(data):
+        data[key][index] = value
+    return change
+
+
+def replace(key, function):
+    def change(data):
+        data[key] = function(data[key])
+    return change
+
+
+BAD_DATA = {
+    "missing key": (lambda d: d.pop("actions"), "no array 'actions'"),
+    "missing qpos": (lambda d: d.pop("qpos"), "no array 'qpos'"),
+    "text": (replace("actions", lambda a: a.astype(str)), "actions holds <U"),
+    "objects": (replace("terminals", lambda a: a.astype(object)), "terminals cannot be read"),
+    "one axis": (replace("observations", lambda a: a[:, 0]), "observations has shape (40,)"),
+    "two axes": (replace("terminals", lambda a: a[:, None]), "terminals has shape (40, 1)"),
+    "fewer rows": (replace("actions", lambda a: a[:-3]), "actions has 37 rows"),
+    "no rows": (lambda d: d.update({k: v[:0] for k, v in d.items()}), "terminals[-1] is not set"),
+    "wrong observation": (replace("observations", lambda a: a[:, :-1]),
+                          "observations has 27 columns; this environment's has 28"),
+    "wrong action": (replace("actions", lambda a: a[:, :-1]), "actions has 4 columns"),
+    "nan": (put("observations", (7, 3), np.nan), "observations[7, 3] is nan"),
+    "inf": (put("actions", (9, 1), -np.inf), "actions[9, 1] is -inf"),
+    "nan in qpos": (put("qpos", (0, 0), np.nan), "qpos[0, 0] is nan"),
+    "large action": (put("actions", (2, 4), 3.5), "actions[2, 4] is 3.5"),
+    "no final terminal": (put("terminals", 39, False), "terminals[39] is not set"),
+    "short trajectories": (lambda d: d["terminals"].__setitem__(slice(4, None, 5), True),
+                           "no trajectory is longer than a chunk (10 actions)"),
+}
+
+
+@pytest.fixture(scope="session")
+def cube_env():
+    return mac.make_env(SINGLE)
+
+
+def load_file(folder, env):
+    return mac.load_data(mac.Config(env=SINGLE), folder / "data.npz", env)
+
+
+def write_data(folder, data, suffix=""):
+    np.savez_compressed(folder / f"data{suffix}.npz", **data)
+
+
+@pytest.mark.parametrize("case", list(BAD_DATA))
+@pytest.mark.parametrize("suffix", ["", "-val"])
+def test_bad_data_names_the_file_the_key_and_the_index(case, suffix, tmp_path, cube_env):
+    change, message = BAD_DATA[case]
+    for name in ("", "-val"):
+        data = arrays()
+        if name == suffix:
+            change(data)
+        write_data(tmp_path, data, name)
+    with pytest.raises(mac.MacError) as caught:
+        load_file(tmp_path, cube_env)
+    assert message in str(caught.value) and f"data{suffix}.npz" in str(caught.value)
+
+
+def test_flipped_and_truncated_data_is_refused(tmp_path, cube_env):
+    for suffix in ("", "-val"):
+        write_data(tmp_path, arrays(), suffix)
+    load_file(tmp_path, cube_env)
+    path = tmp_path / "data.npz"
+    good, rng = path.read_bytes(), np.random.default_rng(0)
+    with zipfile.ZipFile(path) as archive:  # the bytes of the arrays themselves
+        spans = [(i.header_offset + 30 + len(i.filename) + 20, i.compress_size - 20)
+                 for i in archive.infolist()]
+    damaged = [good[:n] for n in rng.integers(0, len(good), 10)]
+    for start, length in spans:
+        for position in start + rng.integers(0, length, 8):
+            flipped = bytearray(good)
+            flipped[position] ^= 1 << rng.integers(8)
+            damaged.append(bytes(flipped))
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(mac.MacError, match="data.npz is (missing or )?damaged"):
+            load_file(tmp_path, cube_env)
+
+
+def test_data_larger_than_memory_is_refused_before_loading(tmp_path, cube_env, monkeypatch):
+    for suffix in ("", "-val"):
+        write_data(tmp_path, arrays(), suffix)
+    monkeypatch.setattr(mac, "available_memory", lambda: 1000)
+    monkeypatch.setattr(np, "load", None)
+    with pytest.raises(mac.MacError, match="needs about 0.0 GB of memory and 0.0 GB are free"):
+        load_file(tmp_path, cube_env)
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """Serves `files`; says the full length and sends only the first `cut` bytes."""
+
+    files, cut = {}, None
+
+    def do_GET(self):
+        data = self.files.get(self.path.rsplit("/", 1)[1])
+        self.send_response(200 if data else 404)
+        self.send_header("Content-Length", str(len(data or b"")))
+        self.end_headers()
+        self.wfile.write((data or b"")[:self.cut])
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    import ogbench.utils
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        monkeypatch.setattr(ogbench.utils, "DATASET_URL",
+                            f"http://127.0.0.1:{running.server_port}")
+        yield Server
+        running.shutdown()
+
+
+@pytest.mark.parametrize("cut, files", [(None, 2), (5000, 2), (None, 1), (None, 0)])
+def test_download_whole_cut_short_or_gone(cut, files, server, tmp_path, monkeypatch, capsys):
+    for suffix in ("", "-val"):
+        write_data(tmp_path, arrays(), suffix)
+    names = [("cube-single-play-v0.npz", "data.npz"), ("cube-single-play-v0-val.npz",
+                                                       "data-val.npz")]
+    server.files = {url: (tmp_path / name).read_bytes() for url, name in names[:files]}
+    server.cut = cut
+    collected = []
+    monkeypatch.setattr(mac, "collect", lambda path, *_: collected.append(path.name))
+    folder = tmp_path / "datasets"
+    path, source = mac.find_data(mac.Config(env=SINGLE, dataset_dir=str(folder)))
+    there = sorted(p.name for p in folder.iterdir())
+    if cut is None and files == 2:
+        assert there == ["cube-single-play-v0-val.npz", "cube-single-play-v0.npz"]
+        assert not collected and "OGBench's file" in source
+    else:
+        assert there == [] and collected == ["cube-single-play-v0-collected1000.npz"]
+        assert "the download of cube-single-play-v0 failed" in capsys.readouterr().out
+        assert "1000 episodes collected" in source
