@@ -10,8 +10,8 @@ the dataset).
 import argparse
 import collections
 import csv
+import itertools
 import json
-import math
 import os
 import pathlib
 import sys
@@ -53,17 +53,23 @@ def evaluate(run, args):
     """Play episodes, print the table. -> the dictionary that --json writes"""
     agent = mac.load(run, mac.set_up_device(mac.Config(device=args.device)))
     config = agent.config
-    execute = min(args.execute or config.execute, config.chunk)
+    execute = args.execute or config.execute
+    if execute > config.chunk:
+        raise mac.MacError(f"--execute {execute}: the chunks of {run} have {config.chunk} actions")
     candidates = args.candidates or config.eval_candidates
+    episodes = args.episodes or config.eval_episodes
     evaluator = mac.Evaluator(config.env)
     frames = collections.defaultdict(list)
 
-    def record(env, task, episode):
-        if episode == 0 and len(frames[task]) < 1000:
-            frames[task].append(render(env))
+    def record(episode):  # a third of the frames, about as fast as it happened
+        if episode.number == 0 and (episode.length % 3 == 1 or episode.done):
+            frames[episode.task].append(render(episode.env))
 
-    results = evaluator.play(agent, args.episodes or config.eval_episodes, args.seed, execute,
-                             candidates, record if args.video else lambda *_: None)
+    if args.video:
+        evaluator.envs[0].reset()
+        render(evaluator.envs[0])  # an error now rather than after the first chunk
+    results = evaluator.play(agent, episodes, args.seed, execute, candidates,
+                             record if args.video else lambda episode: None)
     table = mac.summarize(results)
     paper = paper_numbers(config.env, evaluator.tasks)
     saved = pathlib.Path(run) / "config.json"
@@ -71,24 +77,17 @@ def evaluate(run, args):
     print(f"{run}: {config.env}, step {agent.step}, trained on {source}")
     print(f"best of {candidates}, {execute} of the {config.chunk} actions of each chunk executed, "
           f"seed {args.seed}; {latency(agent, candidates):.1f} ms per decision for one observation"
-          f" on {args.device if args.device != 'auto' else agent_device(agent)}")
+          f" on {agent.normalize_observation.middle.device.type}")
     print(f"{'':8} {'success':>12} {'episodes':>9} {'return':>9} {'length':>7}   paper")
     for name, row in table.items():
         print(f"{name:8} {row['success']:6.1%} ±{row['stderr']:5.1%} {row['episodes']:9} "
               f"{row['return']:9.1f} {row['length']:7.1f}   {paper.get(name, '-')}")
-    if args.video:
-        write_video(args.video, [frame for task in frames.values() for frame in task[::3]])
-    for row in table.values():
         del row["episodes"]
-    return {"env": config.env, "step": agent.step,
-            "episodes": args.episodes or config.eval_episodes, "execute": execute,
-            "candidates": candidates,
-            "tasks": {name: row for name, row in table.items() if name != "overall"},
-            "overall": table["overall"]}
-
-
-def agent_device(agent):
-    return agent.normalize_observation.middle.device.type
+    if args.video:
+        write_video(args.video, [frame for task in sorted(frames) for frame in frames[task]])
+    overall = table.pop("overall")
+    return {"env": config.env, "step": agent.step, "episodes": episodes, "execute": execute,
+            "candidates": candidates, "tasks": table, "overall": overall}
 
 
 def latency(agent, candidates, calls=20):
@@ -137,7 +136,7 @@ def compare_model_errors(args):
         config = agent.config
         if args.dataset_dir:
             config.dataset_dir = args.dataset_dir
-        path, _ = mac.find_data(config)
+        path, _ = mac.find_data(config, obtain=False)
         _, validation = mac.load_data(config, path, mac.make_env(config.env))
         dataset = mac.make_dataset(agent, mac.to_tensors(validation, config.env),
                                    torch.device("cpu"))
@@ -166,8 +165,8 @@ def render(env):
     try:
         return env.render()
     except Exception as error:  # mujoco raises several kinds where there is no renderer
-        raise mac.MacError(f"--video: cannot render here ({error}); install EGL (libegl1) or set "
-                           "MUJOCO_GL=osmesa") from error
+        raise mac.MacError(f"--video: cannot render here ({error}); install EGL (libegl1), or set "
+                           "MUJOCO_GL to a renderer that is installed") from error
 
 
 def write_video(path, frames):
@@ -197,42 +196,45 @@ def save_plot(plt, path):
 
 
 def read_csv(path):
-    try:
-        with open(path, newline="") as file:
-            return list(csv.DictReader(file))
-    except OSError as error:
-        raise mac.MacError(f"cannot read {path}: {error.strerror}") from error
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def plot_curves(args):
     """Success (eval.csv) and losses (train.csv) over gradient steps."""
     plt = pyplot()
     figure, (success, losses) = plt.subplots(1, 2, figsize=(9, 3.2))
-    for run in map(pathlib.Path, args.runs):
-        rows = [r for r in read_csv(run / "eval.csv") if r["task"] == "overall"]
-        steps, mean = [[float(r[k]) for r in rows] for k in ("step", "success")]
-        error = [float(r["stderr"]) for r in rows]
-        success.plot(steps, mean, marker="o", label=run.name)
+    for run, style in zip(map(pathlib.Path, args.runs), itertools.cycle(("-", "--", ":", "-."))):
+        rows = read_csv(run / "train.csv")
+        if not rows:
+            raise mac.MacError(f"{run / 'train.csv'} has nothing to plot")
+        for color, name in enumerate(LOSSES):
+            kept = [row for row in rows if row.get(name)]  # blank in the warmup
+            losses.plot(*[[float(row[key]) for row in kept] for key in ("step", name)], style,
+                        color=f"C{color}", label=name if kept and style == "-" else None)
+        rows = [row for row in read_csv(run / "eval.csv") if row["task"] == "overall"]
+        steps, mean, error = [[float(row[key]) for row in rows]
+                              for key in ("step", "success", "stderr")]
+        success.plot(steps, mean, style, marker="o", label=run.name)
         success.fill_between(steps, np.subtract(mean, error), np.add(mean, error), alpha=0.2)
-    rows = read_csv(pathlib.Path(args.runs[0]) / "train.csv")
-    for name in ("flow", "distill", "dynamics", "reward", "success", "likelihood"):
-        if rows and name in rows[0]:
-            kept = [r for r in rows if r[name]]  # blank in the warmup
-            losses.plot(*[[float(r[k]) for r in kept] for k in ("step", name)], label=name)
     success.set(xlabel="gradient steps", ylabel="success", ylim=(-0.05, 1.05))
     losses.set(xlabel="gradient steps", ylabel="loss", yscale="log")
     success.legend(fontsize=7), losses.legend(fontsize=7)
     save_plot(plt, args.plot or pathlib.Path(args.runs[0]) / "curve.png")
 
 
+LOSSES = ("flow", "distill", "dynamics", "reward", "success", "likelihood", "value", "critic")
+
 def parse(argv):
     parser = mac.Parser("eval.py", description="Evaluate runs of mac.py.")
-    positive = mac.number(int, 1, math.inf)
+    positive = mac.number(int, 1)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--episodes", type=positive, help="per task; default the run's setting")
     parser.add_argument("--execute", type=positive, help="actions executed of each chunk")
     parser.add_argument("--candidates", type=positive, help="N; 1 is the cloned behaviour")
-    parser.add_argument("--seed", type=mac.number(int, 0, math.inf), default=0)
+    parser.add_argument("--seed", type=mac.number(int, 0), default=0)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--video", metavar="OUT.gif", help="the first episode of each task")
     parser.add_argument("--json", metavar="OUT.json", help="write the numbers of one run")
@@ -245,11 +247,26 @@ def parse(argv):
     return parser.parse_args(argv)
 
 
+def check(args):
+    """Refuse, before any work, what would be ignored or could not be written."""
+    name = "--model-error" if args.model_error else "--plot" if args.plot is not None else None
+    for flag, output in (("--json", args.json), ("--video", args.video)):
+        if output and name:
+            raise mac.MacError(f"{flag} does not go with {name}: run eval.py twice")
+        if output and len(args.runs) > 1:
+            raise mac.MacError(f"{flag} takes a single run")
+    if args.video and not args.video.endswith(".gif"):
+        raise mac.MacError(f"--video {args.video}: the name must end in .gif")
+    for output in filter(None, (args.json, args.video, args.plot)):
+        folder = pathlib.Path(output).absolute().parent
+        if not os.access(folder, os.W_OK) or pathlib.Path(output).is_dir():
+            raise mac.MacError(f"cannot write {output}: name a file in a folder that exists")
+
+
 def main(argv=None):
     try:
         args = parse(argv)
-        if args.json and len(args.runs) > 1:
-            raise mac.MacError("--json: takes a single run")
+        check(args)
         if args.model_error:
             compare_model_errors(args)
         elif args.plot is not None:
@@ -266,6 +283,7 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
         return 130
 
 

@@ -46,6 +46,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -108,7 +109,8 @@ class Config:
                                 choices=("mean", "sum"))
     value_goals: tuple = setting((0.2, 0.0, 0.5, 0.3), "odds that a value goal is the current "
                                  "/ a geometric / a uniform future / a random state (Table 6)")
-    actor_goals: tuple = setting((0.0, 1.0, 0.0, 0.0), "the same for actor goals")
+    actor_goals: tuple = setting((0.0, 1.0, 0.0, 0.0), "the same for actor goals (Table 6: "
+                                 "geometric for cube, half of it random for puzzle, uniform for mazes)")
     # networks and optimisation
     width: int = setting(512, "hidden units in each of the 4 layers (1024 if goal-conditioned)",
                          low=1)
@@ -131,6 +133,9 @@ class Config:
     save_interval: int = setting(10_000, "steps between checkpoints; 0: only the last", low=0)
     eval_episodes: int = setting(15, "episodes per task in an evaluation", low=1)
 
+    def __post_init__(self):
+        self.value_goals, self.actor_goals = tuple(self.value_goals), tuple(self.actor_goals)
+
 
 # ---------------------------------------------------------------------------- chunk dataset
 
@@ -145,6 +150,12 @@ class Batch(NamedTuple):
     success: torch.Tensor  # (B,) 1 where the value goal's index lies in [t, t+n)
     value_goal: torch.Tensor  # (B, G)
     actor_goal: torch.Tensor  # (B, G)
+
+    def to(self, device):
+        if self.observation.device == device:
+            return self
+        pin = device.type == "cuda"  # then the copies overlap with what the device is doing
+        return Batch(*((x.pin_memory() if pin else x).to(device, non_blocking=pin) for x in self))
 
 
 class Normalizer(nn.Module):
@@ -163,9 +174,6 @@ class Normalizer(nn.Module):
 
     def forward(self, x):
         return (x - self.middle) / self.scale
-
-    def inverse(self, x):
-        return x * self.scale + self.middle
 
 
 class ChunkDataset:
@@ -247,8 +255,7 @@ class MLP(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, *inputs):
-        x = torch.cat(inputs, -1)
-        return fused(self.layers, x) if can_fuse(x) else self.layers(x)
+        return run_layers(self.layers, torch.cat(inputs, -1))
 
 
 class ScalarMLP(MLP):
@@ -313,14 +320,15 @@ def euler(velocity, x_0, observation, goal, steps):
 class FlowPolicy(nn.Module):
     """MAC's policy: a flow of F steps (Eq. 7), distilled to a network of one (Eq. 8)."""
 
-    def __init__(self, observation, goal, chunk, config):
+    def __init__(self, observation_size, goal_size, chunk_size, config):
         super().__init__()
-        self.config, self.width = config, chunk
-        self.velocity = MLP(observation + goal + chunk + 1, chunk, config.width)
-        self.one_step = MLP(observation + goal + chunk, chunk, config.width)
+        self.config, self.chunk_size = config, chunk_size
+        inputs = observation_size + goal_size + chunk_size
+        self.velocity = MLP(inputs + 1, chunk_size, config.width)
+        self.one_step = MLP(inputs, chunk_size, config.width)
 
     def noise(self, observation, generator):
-        return torch.randn(*observation.shape[:-1], self.width, generator=generator,
+        return torch.randn(*observation.shape[:-1], self.chunk_size, generator=generator,
                            device=observation.device)
 
     def loss(self, batch, rollout, critic, generator):
@@ -348,8 +356,8 @@ class FlowPolicy(nn.Module):
 class OneStepPolicy(FlowPolicy):
     """Ablation (Table 15): flow matching alone, followed in a single Euler step."""
 
-    def __init__(self, observation, goal, chunk, config):
-        super().__init__(observation, goal, chunk, config)
+    def __init__(self, *sizes_and_config):
+        super().__init__(*sizes_and_config)
         del self.one_step
 
     def loss(self, batch, rollout, critic, generator):
@@ -364,9 +372,9 @@ class OneStepPolicy(FlowPolicy):
 class GaussianPolicy(nn.Module):
     """Ablation (Table 3, "Gau"): a = tanh(x), x ~ N(mu(s), sigma(s)^2), maximum likelihood."""
 
-    def __init__(self, observation, goal, chunk, config):
+    def __init__(self, observation_size, goal_size, chunk_size, config):
         super().__init__()
-        self.network = MLP(observation + goal, 2 * chunk, config.width)
+        self.network = MLP(observation_size + goal_size, 2 * chunk_size, config.width)
 
     def moments(self, observation, goal):
         mean, log_std = self.network(observation, goal).chunk(2, -1)
@@ -399,10 +407,9 @@ class FQLPolicy(FlowPolicy):
         if rollout is None:
             return losses
         states = rollout.observations[:-1]  # (H, B, O)
-        goal = rollout.goal.expand(len(states), *rollout.goal.shape)
-        chunk = self.propose(states, goal, generator)  # (H, B, D)
+        chunk = self.propose(states, rollout.goals, generator)  # (H, B, D)
         frozen = {name: p.detach() for name, p in critic.named_parameters()}
-        q = torch.func.functional_call(critic, frozen, (states, chunk, goal))  # (H, B)
+        q = torch.func.functional_call(critic, frozen, (states, chunk, rollout.goals))  # (H, B)
         return {**losses, "distill": self.config.fql_alpha * losses["distill"],
                 "extract": -q.mean() / q.abs().mean().detach()}
 
@@ -421,7 +428,7 @@ class Rollout(NamedTuple):
     chunks: torch.Tensor  # (H, B, D)
     rewards: torch.Tensor  # (H, B)
     masks: torch.Tensor  # (H, B) 0 where the goal is met, 1 elsewhere
-    goal: torch.Tensor  # (B, G) the same along the rollout
+    goals: torch.Tensor  # (H, B, G) the same along a rollout
 
 
 def low_precision(config, tensor):
@@ -444,21 +451,21 @@ def returns(rewards, masks, final_value, discount):
 class Agent(nn.Module):
     """The networks of MAC and what they compute together.
 
-    Args: observation, goal, action: widths O, G (0: the task is fixed, by a reward) and A.
+    Args: observation_size, goal_size, action_size: O, G (0: a reward fixes the task) and A.
     """
 
-    def __init__(self, observation, goal, action, config):
+    def __init__(self, observation_size, goal_size, action_size, config):
         super().__init__()
-        self.config, self.sizes = config, (observation, goal, action)
-        chunk = config.chunk * action
-        self.normalize_observation = Normalizer(observation)
-        self.normalize_goal = Normalizer(goal)
-        self.policy = POLICIES[config.policy](observation, goal, chunk, config)
-        self.dynamics = MLP(observation + chunk, observation, config.width)
-        Outcome = SuccessModel if goal else RewardModel
-        self.outcome = Outcome(observation + chunk + goal, config.width)
-        self.critic = ScalarMLP(observation + chunk + goal, config.width)
-        self.value = ScalarMLP(observation + goal, config.width)
+        self.config, self.sizes = config, (observation_size, goal_size, action_size)
+        chunk_size = config.chunk * action_size
+        self.normalize_observation = Normalizer(observation_size)
+        self.normalize_goal = Normalizer(goal_size)
+        self.policy = POLICIES[config.policy](observation_size, goal_size, chunk_size, config)
+        self.dynamics = MLP(observation_size + chunk_size, observation_size, config.width)
+        Outcome = SuccessModel if goal_size else RewardModel
+        self.outcome = Outcome(observation_size + chunk_size + goal_size, config.width)
+        self.critic = ScalarMLP(observation_size + chunk_size + goal_size, config.width)
+        self.value = ScalarMLP(observation_size + goal_size, config.width)
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)
 
     def next_observation(self, observation, chunk):
@@ -478,18 +485,17 @@ class Agent(nn.Module):
     @torch.no_grad()
     def imagine(self, observation, goal, generator):
         """Eq. 9: H chunks in the model from every observation (B, O) at once. -> Rollout"""
-        observations, chunks, rewards, masks = [observation], [], [], []
-        with low_precision(self.config, observation):
-            for _ in range(self.config.horizon):
+        observations, chunks = [observation], []
+        for _ in range(self.config.horizon):
+            with low_precision(self.config, observation):
                 chunk = self.best_of(self.config.candidates, observation, goal, generator).float()
-                with torch.autocast(observation.device.type, enabled=False):
-                    reward, mask = self.outcome.predict(observation, chunk, goal)
-                    observation = self.next_observation(observation, chunk)
-                observations.append(observation)
-                chunks.append(chunk)
-                rewards.append(reward)
-                masks.append(mask)
-        return Rollout(*map(torch.stack, (observations, chunks, rewards, masks)), goal)
+            observation = self.next_observation(observation, chunk)
+            observations.append(observation)
+            chunks.append(chunk)
+        observations, chunks = torch.stack(observations), torch.stack(chunks)
+        goals = goal.expand(len(chunks), *goal.shape)  # (H, B, G)
+        rewards, masks = self.outcome.predict(observations[:-1], chunks, goals)  # (H, B)
+        return Rollout(observations, chunks, rewards, masks, goals)
 
     def model_losses(self, batch):
         """Eq. 5 and 6, on logged chunks."""
@@ -500,15 +506,15 @@ class Agent(nn.Module):
     def value_losses(self, rollout):
         """Eq. 10 for all H states of each rollout, Eq. 11 for its first chunk."""
         discount = self.config.discount ** self.config.chunk
-        states, goal = rollout.observations, rollout.goal
+        states, goals = rollout.observations, rollout.goals
         with torch.no_grad():
             target = returns(rollout.rewards, rollout.masks,
-                             self.target_value(states[-1], goal), discount)  # (H, B)
-        value = self.value(states[:-1], goal.expand(len(target), *goal.shape))  # (H, B)
+                             self.target_value(states[-1], goals[0]), discount)  # (H, B)
+        value = self.value(states[:-1], goals)  # (H, B)
         # The online V(s_1): already computed above, unless the rollout is a single chunk.
-        second = value[1] if len(value) > 1 else self.value(states[1], goal)
+        second = value[1] if len(value) > 1 else self.value(states[1], goals[0])
         target_q = rollout.rewards[0] + discount * rollout.masks[0] * second.detach()  # (B,)
-        q = self.critic(states[0], rollout.chunks[0], goal)
+        q = self.critic(states[0], rollout.chunks[0], goals[0])
         return {"value": F.mse_loss(value, target), "critic": F.mse_loss(q, target_q)}
 
     def losses(self, batch, generator, warmup=False):
@@ -604,9 +610,14 @@ def import_ogbench():
     """OGBench and gymnasium, imported late: reading this file as a module starts nothing."""
     # Without a choice dm_control looks for a display and warns when there is none; eval.py
     # chooses a renderer before it comes here.
-    os.environ.setdefault("MUJOCO_GL", "disabled")
+    renderer = os.environ.setdefault("MUJOCO_GL", "disabled")
     import gymnasium
-    import ogbench
+    try:
+        import ogbench
+    except Exception as error:  # dm_control raises several kinds for a renderer that is missing
+        raise MacError(f"OGBench does not start with MUJOCO_GL={renderer} ({error}); unset "
+                       "it to go without rendering, or install what it names (EGL: libegl1)"
+                       ) from error
 
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # OGBench's action bounds are float64
     return ogbench, gymnasium
@@ -629,6 +640,11 @@ def check_id(env_id):
         near = difflib.get_close_matches(env_id, sorted(known), 3, 0.4)
         raise MacError(f"--env: OGBench has no task {env_id!r}; "
                        f"did you mean {' or '.join(near or ['cube-double-play-v0'])}?")
+
+
+def is_scripted(env_id):
+    """Whether OGBench has scripted policies to collect the dataset of this task with."""
+    return env_id.split("-")[0] in ("cube", "scene", "puzzle") and "-play-" in env_id
 
 
 def make_env(env_id):
@@ -724,64 +740,87 @@ def start_worker():
     threading.Thread(target=follow, daemon=True).start()
 
 
+def collect_to(path, *episode):
+    """Collect an episode into a file of its own, unless an earlier collection already did."""
+    if not path.exists():
+        arrays = collect_episode(*episode)
+        with atomic_write(path) as file:
+            np.savez(file, **arrays)
+
+
 def collect(path, name, episodes, workers=None, seed=0):
     """Collect `episodes` training and a tenth as many validation episodes of environment `name`
-    into `path` and its '-val' sibling, over all cores; the same data for any `workers`."""
+    into `path` and its '-val' sibling, over all cores; the same data for any `workers`. Episodes
+    wait in a folder beside them, so that an interrupted collection goes on where it was."""
+    parts = path.with_name(f".{name}-episodes")
+    make_folder(parts)
     counts = {"-val": max(1, episodes // 10), "": episodes}  # the file looked for comes last
-    jobs = [(name, seed, split, i) for split, n in enumerate(counts.values()) for i in range(n)]
+    jobs = [(parts / f"{seed}{suffix}-{i}.npz", name, seed, split, i)
+            for split, (suffix, n) in enumerate(counts.items()) for i in range(n)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(workers or cores, len(jobs))
     # Fresh interpreters: a fork of a process that has run torch's threads may hang.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, context, start_worker) as pool:
-        done = [pool.submit(collect_episode, *job) for job in jobs]
+        done = [pool.submit(collect_to, *job) for job in jobs]
         try:
-            data = [d.result() for d in tqdm(done, f"collecting {name}", unit="episode")]
+            for future in tqdm(done, f"collecting {name}", unit="episode"):
+                future.result()
         except BaseException:  # leaving the pool would wait for the episodes already begun
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
     for suffix, n in counts.items():
-        part, data = data[:n], data[n:]
-        arrays = {key: np.concatenate([d[key] for d in part]) for key in part[0]}
+        part = []
+        for path_of_episode, *_ in jobs[:n]:
+            with np.load(path_of_episode) as file:
+                part.append(dict(file))
+        jobs = jobs[n:]
+        arrays = {key: np.concatenate([episode[key] for episode in part]) for key in part[0]}
         with atomic_write(str(path).replace(".npz", f"{suffix}.npz")) as file:
             np.savez_compressed(file, **arrays)
+    shutil.rmtree(parts)
 
 
 # ---------------------------------------------------------------------------- data: files
 
 
-def find_data(config):
-    """The path of the training file (its sibling '-val.npz' is validation), obtained in this
-    order: asked-for collection, a file that is there, a download, collection.
+# What reading a damaged .npz raises: its zip checksums are verified while it is read.
+DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
+
+
+def find_data(config, obtain=True):
+    """The path of the training file (its sibling '-val.npz' is validation): the collected one if
+    --collect asks for it, else OGBench's, which is downloaded or, failing that, collected too;
+    without `obtain` only what is in the folder already.
     -> path, one line that says where the data came from"""
     folder = pathlib.Path(config.dataset_dir).expanduser()
     environment, name = split_id(config.env)
     official, validation = folder / f"{name}.npz", folder / f"{name}-val.npz"
-    scripted = name.split("-")[0] in ("cube", "scene", "puzzle") and "-play-" in name
-    episodes = config.collect
-    if not episodes:
-        if official.exists() and validation.exists():
-            return official, f"OGBench's file {official.name}"
+    episodes = config.collect or COLLECTED_EPISODES
+    collected = folder / f"{name}-collected{episodes}.npz"
+    there = official.exists() and validation.exists()
+    if obtain and not there and not config.collect:
         try:
             download(name, folder)
-            return official, f"OGBench's file {official.name}"
-        except (OSError, http.client.HTTPException, MacError) as error:
+            there = True
+        except (*DAMAGE, http.client.HTTPException, MacError) as error:
             reason = f"the download of {name} failed: {error}"
-        if not scripted:
-            raise MacError(f"{reason}; there is no scripted policy to collect it with: put "
-                           f"{official.name} and {validation.name} into {folder}")
-        episodes = COLLECTED_EPISODES
-        print(f"WARNING: {reason}\nWARNING: using {episodes} episodes collected with OGBench's "
-              "scripted policies instead (--collect N for another number)", flush=True)
-    elif not scripted:
-        raise MacError(f"--collect: OGBench has no scripted policy for {name}; put {official.name} "
-                       f"and {validation.name} into {folder} and leave --collect out")
-    path = folder / f"{name}-collected{episodes}.npz"
-    if not path.exists():
+            if not is_scripted(config.env):
+                raise MacError(f"{reason}; there is no scripted policy to collect it with: put "
+                               f"{official.name} and {validation.name} into {folder}") from error
+            print(f"WARNING: {reason}\nWARNING: using {episodes} episodes collected with OGBench's "
+                  "scripted policies instead (--collect N for another number)", flush=True)
+    if there and not config.collect:
+        return official, f"OGBench's file {official.name}"
+    if not collected.exists():
+        if not obtain:
+            raise MacError(f"{folder} does not hold the data of this run: name the folder that "
+                           "does by --dataset-dir")
         make_folder(folder)
-        collect(path, environment, episodes)
-    return path, f"{episodes} episodes collected with OGBench's scripted policies ({path.name})"
+        collect(collected, environment, episodes)
+    return collected, (f"{episodes} episodes collected with OGBench's scripted policies "
+                       f"({collected.name})")
 
 
 def download(name, folder):
@@ -798,20 +837,11 @@ def download(name, folder):
             socket.setdefaulttimeout(timeout)
         files = [pathlib.Path(temporary) / f"{name}{suffix}.npz" for suffix in ("-val", "")]
         for file in files:
-            check_zip(file)
+            with zipfile.ZipFile(file) as archive:
+                if archive.testzip():
+                    raise MacError(f"{file.name} arrived damaged")
         for file in files:  # validation first: where the training file is, both are
             os.replace(file, folder / file.name)
-
-
-def check_zip(path):
-    """Raise MacError unless every byte of the .npz is as it was written."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise MacError(f"{path} is missing or damaged ({error}): delete it and run again")
-    if damaged:
-        raise MacError(f"{path} is damaged (in {damaged}): delete it and run again")
 
 
 def available_memory():
@@ -827,7 +857,7 @@ def check_memory(paths):
     """Raise MacError if the arrays of these .npz files will not fit in memory."""
     size = 0
     for path in paths:
-        with zipfile.ZipFile(path) as archive:
+        with contextlib.suppress(*DAMAGE), zipfile.ZipFile(path) as archive:
             size += sum(item.file_size for item in archive.infolist())
     needed, available = 2 * size, available_memory()  # as read, and as normalised chunks' source
     if available is not None and needed > available:
@@ -835,46 +865,55 @@ def check_memory(paths):
                        f"{available / 1e9:.1f} GB are free: use a smaller dataset (--collect N)")
 
 
-def check_arrays(path, observation, action, chunk, extra):
-    """Raise MacError, naming key and index, unless the file holds trajectories as OGBench writes
-    them: widths `observation` and `action`, one longer than `chunk`, and the `extra` keys."""
-    def refuse(what):
-        raise MacError(f"{path}: {what}")
+def check_file(path, observation_size, action_size, chunk, needed):
+    """Raise MacError, naming the file, key and index, unless it is undamaged and holds what OGBench
+    writes: the arrays `needed` besides observations, actions and terminals, of these widths, and a
+    trajectory longer than `chunk`."""
+    widths = {"observations": observation_size, "actions": action_size, "terminals": None}
+    needed = (*widths, *needed)
+    try:
+        with np.load(path) as file:
+            missing = [key for key in needed if key not in file]
+            if missing:
+                raise MacError(f"{path}: has no array {missing[0]!r}")
+            rows = None
+            for key in sorted(file, key=(*needed, *file).index):  # the others, to verify them
+                try:
+                    array = file[key]
+                except ValueError as error:  # an array of Python objects, or a broken header
+                    raise MacError(f"{path}: {key} cannot be read: {error}") from error
+                rows = len(array) if rows is None and array.ndim else rows
+                wrong = key in needed and find_fault(key, array, rows, widths.get(key), chunk)
+                if wrong:
+                    raise MacError(f"{path}: {wrong}")
+    except (*DAMAGE, ValueError) as error:
+        raise MacError(f"{path} is missing or damaged ({error}): delete it, run again") from error
 
-    widths = {"observations": observation, "actions": action, "terminals": None}
-    rows = None
-    with np.load(path) as file:
-        missing = [key for key in (*widths, *extra) if key not in file]
-        if missing:
-            refuse(f"has no array {missing[0]!r}")
-        for key in (*widths, *extra):
-            try:
-                array = file[key]
-            except ValueError as error:  # an array of Python objects, or a broken header
-                refuse(f"{key} cannot be read: {error}")
-            if array.dtype.kind not in "fiub":
-                refuse(f"{key} holds {array.dtype}, not numbers")
-            if array.ndim != (1 if key == "terminals" else 2):
-                refuse(f"{key} has shape {array.shape}")
-            rows = len(array) if key == "observations" else rows
-            if len(array) != rows:
-                refuse(f"{key} has {len(array)} rows where observations has {rows}")
-            if widths.get(key) and array.shape[1] != widths[key]:
-                refuse(f"{key} has {array.shape[1]} columns; this environment's has {widths[key]}")
-            # Reductions without temporaries of the array's size; an index only for the message.
-            if array.dtype.kind == "f" and not np.isfinite(array.sum(dtype=np.float64)):
-                bad = np.argwhere(~np.isfinite(array))
-                if len(bad):
-                    refuse(f"{key}{bad[0].tolist()} is {array[tuple(bad[0])]}")
-            if key == "actions" and rows and max(array.max(), -array.min()) > 1.1:
-                bad = np.argwhere(np.abs(array) > 1.1)[0]
-                refuse(f"actions{bad.tolist()} is {array[tuple(bad)]}, outside [-1, 1]")
-            if key == "terminals":
-                ends = np.flatnonzero(array)
-                if not rows or not array[-1]:
-                    refuse(f"terminals[{rows - 1}] is not set: the last trajectory is cut off")
-                if np.diff(ends, prepend=-1).max() <= chunk:
-                    refuse(f"no trajectory is longer than a chunk ({chunk} actions)")
+
+def find_fault(key, array, rows, width, chunk):
+    """What is wrong with an array of a data file, or None."""
+    if array.dtype.kind not in "fiub":
+        return f"{key} holds {array.dtype}, not numbers"
+    if array.ndim != (1 if key == "terminals" else 2):
+        return f"{key} has shape {array.shape}"
+    if len(array) != rows:
+        return f"{key} has {len(array)} rows where observations has {rows}"
+    if width and array.shape[1] != width:
+        return f"{key} has {array.shape[1]} columns; this environment's has {width}"
+    # Reductions without temporaries of the array's size; an index only for the message.
+    if array.dtype.kind == "f" and not np.isfinite(array.sum(dtype=np.float64)):
+        bad = np.argwhere(~np.isfinite(array))
+        if len(bad):
+            return f"{key}{bad[0].tolist()} is {array[tuple(bad[0])]}"
+    if key == "actions" and rows and max(array.max(), -array.min()) > 1.1:
+        bad = np.argwhere(np.abs(array) > 1.1)[0]
+        return f"actions{bad.tolist()} is {array[tuple(bad)]}, outside [-1, 1]"
+    if key == "terminals":
+        if not rows or not array[-1]:
+            return f"terminals[{rows - 1}] is not set: the last trajectory is cut off"
+        if np.diff(np.flatnonzero(array), prepend=-1).max() <= chunk:
+            return f"no trajectory is longer than a chunk ({chunk} actions)"
+    return None
 
 
 def load_data(config, path, env):
@@ -885,11 +924,9 @@ def load_data(config, path, env):
     special = "singletask" in config.env or "oraclerep" in config.env
     buttons = special and hasattr(env.unwrapped, "_cur_button_states")
     extra = ("qpos",) * special + ("button_states",) * buttons
-    for item in paths:
-        check_zip(item)
     check_memory(paths)
     for item in paths:
-        check_arrays(item, *env_sizes(env), config.chunk, extra)
+        check_file(item, *env_sizes(env), config.chunk, extra)
     return ogbench.make_env_and_datasets(config.env, dataset_path=str(path), compact_dataset=True,
                                          dataset_only=True, cur_env=env)
 
@@ -953,10 +990,11 @@ class Evaluator:
             self.tasks = [base._reward_task_id]
 
     def play(self, agent, episodes, seed=0, execute=None, candidates=None,
-             on_step=lambda env, task, episode: None, stop=lambda: False):
+             on_step=lambda episode: None, stop=lambda: False):
         """Run `episodes` episodes of every task, each a function of (seed, task, episode) and
         the agent's noise. All environments that need a chunk share one policy call; MuJoCo lets
-        go of the interpreter, so threads step them in parallel.
+        go of the interpreter, so threads step them in parallel. `on_step` sees each Episode after
+        each of its steps.
 
         Returns: {task: list of (success, return, length)}, or None if `stop()` turned true.
         """
@@ -979,7 +1017,7 @@ class Evaluator:
                         episode.plan = list(chunk[:execute])
                 list(threads.map(Episode.step, active))
                 for i, episode in enumerate(active):
-                    on_step(episode.env, episode.task, episode.number)
+                    on_step(episode)
                     if episode.done:
                         results[episode.task].append(
                             (episode.success, episode.reward, episode.length))
@@ -1103,7 +1141,8 @@ def load(run, device="cpu"):
 
 
 def lock(folder):
-    """Hold the run folder for this process until it ends; refuse if another one holds it."""
+    """Make the run folder and hold it for this process; refuse if another one holds it."""
+    make_folder(folder)
     try:
         file = open(folder / ".lock", "w")
     except OSError as error:
@@ -1181,14 +1220,11 @@ FUSED = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if (
     torch.backends.mkldnn.is_available()) else None
 
 
-def can_fuse(x):
-    """Whether `fused` may stand in for an MLP's layers here."""
-    return FUSED is not None and not torch.is_grad_enabled() and not x.is_cuda
-
-
-def fused(layers, x):
-    """An MLP's layers without gradient on a CPU: oneDNN applies GELU to each tile of a product
-    while it is in the cache, where PyTorch's own tanh GELU is a slow second pass."""
+def run_layers(layers, x):
+    """The layers of an MLP. Without gradient on a CPU, oneDNN applies GELU to each tile of a
+    product while it is in the cache, where PyTorch's own tanh GELU is a slow second pass."""
+    if FUSED is None or torch.is_grad_enabled() or x.is_cuda:
+        return layers(x)
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
     x = x.to(dtype)
     for linear, _, norm in zip(layers[0::3], layers[1::3], layers[2::3]):
@@ -1205,29 +1241,24 @@ def make_optimizer(agent):
     return torch.optim.Adam(parameters, rate, fused=True, capturable=cuda)
 
 
-def make_step(agent, optimizer, dataset, batches, noise, warmup=False):
-    """A function of no arguments that does one update and returns its losses. `batches` and
-    `noise` are the generators of the samples and of everything else."""
+def make_step(agent, optimizer, dataset, data_generator, noise_generator, warmup=False):
+    """A function of no arguments that draws a batch, does one update and returns its losses."""
     config, device = agent.config, agent.normalize_observation.middle.device
 
     def sample():
-        batch = dataset.sample(config.batch_size, batches)
-        if dataset.starts.device == device:
-            return batch
-        return Batch(*(x.pin_memory().to(device, non_blocking=True) for x in batch))
+        return dataset.sample(config.batch_size, data_generator).to(device)
 
     def step():
-        return update(agent, optimizer, sample(), noise, warmup)
+        return update(agent, optimizer, sample(), noise_generator, warmup)
 
     if device.type != "cuda":
         return step
     if dataset.starts.device == device:
-        return capture(step, agent, optimizer, (batches, noise))
-    state = batches.get_state()
-    static = sample()
-    batches.set_state(state)
-    graph = capture(lambda: update(agent, optimizer, static, noise, warmup), agent, optimizer,
-                    (noise,))
+        return capture(step, agent, optimizer, (data_generator, noise_generator))
+    # The data stay on the host: only the update is a graph, which reads a batch at a fixed place.
+    static = dataset.sample(config.batch_size, torch.Generator()).to(device)  # any batch
+    graph = capture(lambda: update(agent, optimizer, static, noise_generator, warmup), agent,
+                    optimizer, (noise_generator,))
 
     def copy_and_replay():
         torch._foreach_copy_(list(static), list(sample()))
@@ -1284,16 +1315,17 @@ def benchmark(config, updates):
                (states // EPISODE_STEPS + 1) * EPISODE_STEPS - 1)
     dataset = make_dataset(agent, tensors, device)
     agent.to(device)
-    batches, noise = make_generators(0, dataset.starts.device, device)
+    generators = make_generators(0, dataset.starts.device, device)
 
     def fused_flops(x, weight, *_, **__):  # the counter does not know oneDNN's fused product
         return 2 * math.prod(x) * weight[0]
 
     custom = {FUSED: fused_flops} if FUSED else None
     with FlopCounterMode(display=False, custom_mapping=custom) as counter:
-        update(agent, make_optimizer(agent), dataset.sample(config.batch_size, batches), noise)
+        batch = dataset.sample(config.batch_size, generators[0]).to(device)
+        update(agent, make_optimizer(agent), batch, generators[1])
     flops = counter.get_total_flops()
-    step = make_step(agent, make_optimizer(agent), dataset, batches, noise)
+    step = make_step(agent, make_optimizer(agent), dataset, *generators)
     times = timed(step, updates, device)
     size = 8192 if device.type == "cuda" else 2048
     square = torch.randn(size, size, device=device)
@@ -1412,8 +1444,7 @@ class Run:
         """A row of train.csv: this step's losses and those of a fixed validation batch."""
         now = self.check_finite(losses)
         generators = make_generators(0, self.validation.starts.device, self.device)
-        batch = self.validation.sample(self.config.batch_size, generators[0])
-        batch = Batch(*(x.to(self.device) for x in batch))
+        batch = self.validation.sample(self.config.batch_size, generators[0]).to(self.device)
         with torch.no_grad():
             validation, statistics = self.agent.losses(batch, generators[1])
         row = {name: now.get(name, "") for name in (*validation, *statistics)}
@@ -1429,8 +1460,9 @@ class Run:
         bad += [f"parameter {name}" for name, parameter in self.agent.named_parameters()
                 if not parameter.isfinite().all()]
         if bad:
-            raise Diverged(f"{bad[0]} is not finite at step {self.step}: training stopped, the last"
-                           " checkpoint is kept; try a smaller --learning-rate in a new --save-dir")
+            kept = f"the checkpoint of step {self.saved} is kept" if self.saved else "nothing saved"
+            raise Diverged(f"{bad[0]} is not finite at step {self.step}: training stopped, {kept}; "
+                           "try a smaller --learning-rate in a new --save-dir")
         return row
 
     def evaluate(self):
@@ -1489,9 +1521,8 @@ def prepare(config, device, env):
     return agent.to(device), *datasets, source
 
 
-def train(config, folder, resume):
+def train(config, device, folder, resume):
     """Train in `folder` until `config.steps`, a signal or an error. -> exit status"""
-    device = set_up_device(config)
     evaluator = Evaluator(config.env)
     agent, dataset, validation, source = prepare(config, device, evaluator.envs[0])
     with Stop() as stop:
@@ -1564,9 +1595,32 @@ MAY_CHANGE = {"steps", "device", "log_interval", "eval_interval", "save_interval
 
 
 class Parser(argparse.ArgumentParser):
+    """Underscores in flags are as good as dashes; a mistake is a MacError, which is one line."""
+
+    def parse_args(self, argv=None):
+        argv = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word)
+                for word in (sys.argv[1:] if argv is None else argv)]
+        given, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = re.findall(r"--[\w-]+", self.format_usage())
+            near = difflib.get_close_matches(unknown[0], flags, 1, 0)
+            self.error(f"unknown argument {unknown[0]!r}; the nearest flag is {near[0]}")
+        return given
+
     def error(self, message):
-        """One line; argparse already names the nearest flag and the choices."""
         raise MacError(message)
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: `kind` from `low` to `high`."""
+    def convert(text):
+        value = kind(text)
+        if not low <= value <= high:
+            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        return value
+    convert.__name__ = kind.__name__  # argparse names it in its message
+    return convert
 
 
 def parse(argv):
@@ -1574,35 +1628,22 @@ def parse(argv):
     parser = Parser("mac.py", description="Train MAC: offline model-based RL with action chunks. "
                     "Defaults are the paper's for reward-based tasks; others follow from --env.")
     for field in dataclasses.fields(Config):
-        name, rules = field.name, dict(field.metadata)
-        low, high = rules.pop("low", -math.inf), rules.pop("high", math.inf)
-        if isinstance(field.default, bool):
+        rules, kind = dict(field.metadata), type(field.default)
+        low, high = rules.pop("low", None), rules.pop("high", math.inf)
+        if kind is bool:
             rules["action"] = "store_true"
-        elif isinstance(field.default, tuple):
+        elif kind is tuple:
             rules.update(type=float, nargs=len(field.default), metavar="P")
-        else:
-            rules["type"] = number(type(field.default), low, high)
-            if "choices" not in rules:
-                rules["metavar"] = "X"
-        rules["help"] += f" (default: {field.default})" if field.default not in ("", False) else ""
-        names = {f"--{name.replace('_', '-')}", f"--{name}"}
-        parser.add_argument(*sorted(names), dest=name, default=argparse.SUPPRESS, **rules)
+        elif "choices" not in rules:
+            rules.update(type=kind if low is None else number(kind, low, high), metavar="X")
+        if kind is not bool and field.default != "":
+            rules["help"] += f" (default: {field.default})"
+        parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, **rules)
     parser.add_argument("--resume", action="store_true", help="continue the run of this folder")
-    parser.add_argument("--benchmark", type=number(int, 1, math.inf), metavar="K",
+    parser.add_argument("--benchmark", type=number(int, 1), metavar="K",
                         help="time K updates, print one line of JSON and exit")
     given = vars(parser.parse_args(argv))
     return given, given.pop("resume"), given.pop("benchmark")
-
-
-def number(kind, low, high):
-    """An argparse type: `kind` in [low, high] (strings pass unchecked)."""
-    def convert(text):
-        value = kind(text)
-        if kind is not str and not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not in [{low}, {high}]")
-        return value
-    convert.__name__ = kind.__name__
-    return convert
 
 
 def make_config(given):
@@ -1617,6 +1658,9 @@ def make_config(given):
     if settings.get("policy") == "fql":  # extracts by gradient, without rejection sampling
         settings.update({k: given.get(k, 1) for k in ("candidates", "eval_candidates")})
     config = Config(**settings)
+    if config.collect and not is_scripted(env):
+        raise MacError(f"--collect: OGBench has no scripted policy for {env}; put the files of "
+                       f"{split_id(env)[1]} into {config.dataset_dir} and leave --collect out")
     config.execute = min(config.execute, config.chunk)
     return config
 
@@ -1632,8 +1676,7 @@ def resumed(config, folder, given):
         before, now = getattr(old, name), getattr(config, name)
         if name in MAY_CHANGE:
             setattr(old, name, now)
-        elif (list(before) if isinstance(now, tuple) else before) != (
-                list(now) if isinstance(now, tuple) else now):
+        elif before != now:
             raise MacError(f"--{name.replace('_', '-')}: this run has {before}, not {now}; "
                            "leave the flag out or use another --save-dir")
     return old
@@ -1647,16 +1690,18 @@ def main(argv=None):
             print(json.dumps(benchmark(config, updates)))
             return 0
         folder = pathlib.Path(config.save_dir or f"exp/{config.env}-seed{config.seed}")
-        make_folder(folder)
+        exists = (folder / "config.json").exists()
+        if exists and not resume:
+            raise MacError(f"{folder} already holds a run: --resume continues it, --save-dir or "
+                           "--seed starts another")
+        if exists:
+            config = resumed(config, folder, given)
+        elif resume:
+            print(f"{folder} holds no run to resume: starting one", flush=True)
+        device = set_up_device(config)
         with lock(folder):
-            exists = (folder / "config.json").exists()
-            if exists and not resume:
-                raise MacError(f"{folder} already holds a run: --resume continues it, --save-dir "
-                               "or --seed starts another")
-            if exists:
-                config = resumed(config, folder, given)
             print(json.dumps(dataclasses.asdict(config), indent=2), flush=True)
-            return train(config, folder, exists)
+            return train(config, device, folder, exists)
     except MacError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status

@@ -112,7 +112,7 @@ def test_normalizer():
     normalize.fit(data)
     scaled = normalize(data)
     assert scaled.abs().max() <= 1 and scaled[:, :2].abs().max() > 0.99
-    assert torch.allclose(normalize.inverse(scaled), data, atol=1e-4)
+    assert torch.allclose(scaled * normalize.scale + normalize.middle, data, atol=1e-4)
     half = (data.amax(0) - data.amin(0)) / 2 + 1e-3
     assert torch.allclose(scaled, (data - (data.amax(0) + data.amin(0)) / 2) / half, atol=1e-5)
 
@@ -297,13 +297,13 @@ def test_value_and_critic_targets(horizon):
     losses = agent.value_losses(rollout)
     gamma, s = 0.9 ** 3, rollout.observations
     with torch.no_grad():
-        target = agent.target_value(s[-1], rollout.goal).numpy()
+        target = agent.target_value(s[-1], rollout.goals[0]).numpy()
         total = 0
         for k in reversed(range(horizon)):
             target = rollout.rewards[k].numpy() + gamma * masks[k].numpy() * target
-            total += ((agent.value(s[k], rollout.goal).numpy() - target) ** 2).mean() / horizon
-        q_target = (rollout.rewards[0] + gamma * masks[0] * agent.value(s[1], rollout.goal)).numpy()
-        q = agent.critic(s[0], rollout.chunks[0], rollout.goal).numpy()
+            total += ((agent.value(s[k], rollout.goals[0]).numpy() - target) ** 2).mean() / horizon
+        q_target = (rollout.rewards[0] + gamma * masks[0] * agent.value(s[1], rollout.goals[0])).numpy()
+        q = agent.critic(s[0], rollout.chunks[0], rollout.goals[0]).numpy()
     assert np.isclose(losses["value"].item(), total, rtol=1e-5)
     assert np.isclose(losses["critic"].item(), ((q - q_target) ** 2).mean(), rtol=1e-5)
     losses["critic"].backward()
@@ -495,6 +495,7 @@ def test_command_line_from_training_to_evaluation(trained, capsys, tmp_path, mon
         assert (result["step"], result["execute"], result["candidates"]) == (4, 3, 2)
         assert len(result["tasks"]) == tasks
         assert set(result["overall"]) == {"success", "stderr", "return", "length"}
+        assert mac_eval.main([str(folder), "--execute", "11"]) == 2
         printed = capsys.readouterr().out
         assert "overall" in printed and "collected" in printed
         if tasks == 1:
@@ -540,11 +541,12 @@ def test_model_error_against_a_plain_loop(trained, data_dir):
 def test_pictures(trained, data_dir, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     run = str(trained[SINGLE])
+    assert mac_eval.main([run, "--plot", str(tmp_path / "losses.png")]) == 0
     assert mac_eval.main([run, "--model-error", "--plot", str(tmp_path / "error.png")]) == 0
     (trained[SINGLE] / "eval.csv").write_text("step,task,success,stderr\n4,overall,0.5,0.1\n")
     assert mac_eval.main([run, "--plot", str(tmp_path / "curve.png")]) == 0
     assert all((tmp_path / name).read_bytes()[:4] == b"\x89PNG"
-               for name in ("error.png", "curve.png"))
+               for name in ("losses.png", "error.png", "curve.png"))
 
 
 def test_load_gives_an_agent_for_other_programs(trained):
@@ -868,8 +870,10 @@ def test_a_run_folder_is_neither_overwritten_nor_shared(trained, data_dir, capsy
 @pytest.mark.parametrize("command, message", [
     (["--env", "cube-duble-play-v0"], "did you mean cube-double-play-v0"),
     (["--env", "zzz"], "did you mean cube-double-play-v0?"),
-    (["--stepz", "3"], "unrecognized arguments: --stepz"),
-    (["--steps", "0"], "0 is not in [1"),
+    (["--stepz", "3"], "unknown argument '--stepz'; the nearest flag is --steps"),
+    (["--wdth=3"], "the nearest flag is --width"),
+    (["cube"], "unknown argument 'cube'"),
+    (["--steps", "0"], "--steps: 0 is not at least 1"),
     (["--steps", "x"], "invalid int value"),
     (["--batch-size", "0"], "--batch-size"),
     (["--candidates", "0"], "--candidates"),
@@ -897,7 +901,12 @@ def test_bad_input_is_one_line_and_status_2(command, message, data_dir, tmp_path
 @pytest.mark.parametrize("command, message", [
     (["nowhere"], "cannot read nowhere/checkpoint.pt"),
     (["nowhere", "--episodes", "0"], "--episodes"),
-    (["nowhere", "--plot"], "cannot read nowhere/eval.csv"),
+    (["nowhere", "--plot"], "nowhere/train.csv has nothing to plot"),
+    (["nowhere", "--jsn", "x"], "the nearest flag is --json"),
+    (["nowhere", "--json", "no/x.json"], "cannot write no/x.json"),
+    (["nowhere", "--json", "x.json", "--plot"], "--json does not go with --plot"),
+    (["nowhere", "there", "--video", "x.gif"], "--video takes a single run"),
+    (["nowhere", "--video", "x.mp4"], "must end in .gif"),
 ])
 def test_bad_input_to_eval(command, message, capsys):
     assert mac_eval.main(command) == 2
