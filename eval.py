@@ -204,12 +204,14 @@ def read_csv(path):
 
 def plot_curves(args):
     """Success (eval.csv) and losses (train.csv) over gradient steps."""
+    runs = [pathlib.Path(run) for run in args.runs]
+    for run in runs:
+        if not read_csv(run / "train.csv"):
+            raise mac.MacError(f"{run / 'train.csv'} has nothing to plot")
     plt = pyplot()
     figure, (success, losses) = plt.subplots(1, 2, figsize=(9, 3.2))
-    for run, style in zip(map(pathlib.Path, args.runs), itertools.cycle(("-", "--", ":", "-."))):
+    for run, style in zip(runs, itertools.cycle(("-", "--", ":", "-."))):
         rows = read_csv(run / "train.csv")
-        if not rows:
-            raise mac.MacError(f"{run / 'train.csv'} has nothing to plot")
         for color, name in enumerate(LOSSES):
             kept = [row for row in rows if row.get(name)]  # blank in the warmup
             losses.plot(*[[float(row[key]) for row in kept] for key in ("step", name)], style,
@@ -222,7 +224,7 @@ def plot_curves(args):
     success.set(xlabel="gradient steps", ylabel="success", ylim=(-0.05, 1.05))
     losses.set(xlabel="gradient steps", ylabel="loss", yscale="log")
     success.legend(fontsize=7), losses.legend(fontsize=7)
-    save_plot(plt, args.plot or pathlib.Path(args.runs[0]) / "curve.png")
+    save_plot(plt, args.plot or runs[0] / "curve.png")
 
 
 LOSSES = ("flow", "distill", "dynamics", "reward", "success", "likelihood", "value", "critic")
