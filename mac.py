@@ -109,8 +109,8 @@ class Config:
                                 choices=("mean", "sum"))
     value_goals: tuple = setting((0.2, 0.0, 0.5, 0.3), "odds that a value goal is the current "
                                  "/ a geometric / a uniform future / a random state (Table 6)")
-    actor_goals: tuple = setting((0.0, 1.0, 0.0, 0.0), "the same for actor goals (Table 6: "
-                                 "geometric for cube, half of it random for puzzle, uniform for mazes)")
+    actor_goals: tuple = setting((0.0, 1.0, 0.0, 0.0), "the same for actor goals (puzzle: half "
+                                 "geometric, half random; mazes: uniform future)")
     # networks and optimisation
     width: int = setting(512, "hidden units in each of the 4 layers (1024 if goal-conditioned)",
                          low=1)
@@ -1394,6 +1394,7 @@ class Run:
         self.device = agent.normalize_observation.middle.device
         self.optimizer = make_optimizer(agent)
         self.generators = make_generators(config.seed, dataset.starts.device, self.device)
+        self.warmup_steps = int(config.warmup * config.steps)
         self.step, self.saved, self.status = 0, 0, {}
 
     def restore(self):
@@ -1423,12 +1424,9 @@ class Run:
     def due(self, interval):
         return interval and (self.step % interval == 0 or self.step == self.config.steps)
 
-    def in_warmup(self, step):
-        return step < int(self.config.warmup * self.config.steps)
-
     def evaluation_due(self):
         """Not in the warmup: there is nothing to evaluate yet."""
-        return not self.in_warmup(self.step - 1) and self.due(self.config.eval_interval)
+        return self.step > self.warmup_steps and self.due(self.config.eval_interval)
 
     def after_update(self, losses):
         """Log, evaluate and save, each if its time has come."""
@@ -1533,20 +1531,20 @@ def train(config, device, folder, resume):
         write_json(folder / "config.json", {**dataclasses.asdict(config), "data": source})
         if run.step and run.evaluation_due() and not run.eval_log.has(run.step):
             run.evaluate()  # it was interrupted
-        warmup = None
         rate = run.optimizer.param_groups[0]["lr"]
         with tqdm(total=config.steps, initial=run.step, desc=config.env, smoothing=0.05) as bar:
-            while run.step < config.steps and not stop():
-                if warmup != run.in_warmup(run.step):  # the first step of a phase
-                    warmup = run.in_warmup(run.step)
-                    step = make_step(agent, run.optimizer, dataset, *run.generators, warmup)
-                if config.decay and not warmup:
-                    left = (1 - run.step / config.steps) / (1 - config.warmup)
-                    rate.fill_(config.learning_rate * left)
-                losses = step()
-                run.after_update(losses)
-                bar.set_postfix(run.status, refresh=False)
-                bar.update()
+            for warmup, end in ((True, run.warmup_steps), (False, config.steps)):
+                if run.step >= end or stop():
+                    continue
+                step = make_step(agent, run.optimizer, dataset, *run.generators, warmup)
+                while run.step < end and not stop():
+                    if config.decay and not warmup:
+                        left = (config.steps - run.step) / (config.steps - run.warmup_steps)
+                        rate.fill_(config.learning_rate * left)
+                    losses = step()
+                    run.after_update(losses)
+                    bar.set_postfix(run.status, refresh=False)
+                    bar.update()
         if run.step > run.saved:
             run.save(losses)
         if config.small and not stop():

@@ -302,7 +302,8 @@ def test_value_and_critic_targets(horizon):
         for k in reversed(range(horizon)):
             target = rollout.rewards[k].numpy() + gamma * masks[k].numpy() * target
             total += ((agent.value(s[k], rollout.goals[0]).numpy() - target) ** 2).mean() / horizon
-        q_target = (rollout.rewards[0] + gamma * masks[0] * agent.value(s[1], rollout.goals[0])).numpy()
+        following = agent.value(s[1], rollout.goals[0])
+        q_target = (rollout.rewards[0] + gamma * masks[0] * following).numpy()
         q = agent.critic(s[0], rollout.chunks[0], rollout.goals[0]).numpy()
     assert np.isclose(losses["value"].item(), total, rtol=1e-5)
     assert np.isclose(losses["critic"].item(), ((q - q_target) ** 2).mean(), rtol=1e-5)
