@@ -11,7 +11,6 @@ import argparse
 import collections
 import csv
 import itertools
-import json
 import os
 import pathlib
 import sys
@@ -38,6 +37,9 @@ PAPER = {
 }
 
 
+LOSSES = ("flow", "distill", "dynamics", "reward", "success", "likelihood", "value", "critic")
+
+
 def paper_numbers(env_id, tasks):
     """{task name: the paper's success in percent}; empty where the paper has none."""
     words = [w for w in env_id.split("-")[:-1] if not (w[:4] == "task" and w[4:].isdigit())]
@@ -51,7 +53,7 @@ def paper_numbers(env_id, tasks):
 
 def evaluate(run, args):
     """Play episodes, print the table. -> the dictionary that --json writes"""
-    agent = mac.load(run, mac.set_up_device(mac.Config(device=args.device)))
+    agent = mac.load(run, mac.set_up_device(args.device))
     config = agent.config
     execute = args.execute or config.execute
     if execute > config.chunk:
@@ -72,9 +74,7 @@ def evaluate(run, args):
                              record if args.video else lambda episode: None)
     table = mac.summarize(results)
     paper = paper_numbers(config.env, evaluator.tasks)
-    saved = pathlib.Path(run) / "config.json"
-    source = json.loads(saved.read_text())["data"] if saved.exists() else "unknown"
-    print(f"{run}: {config.env}, step {agent.step}, trained on {source}")
+    print(f"{run}: {config.env}, step {agent.step}, trained on {agent.data_source}")
     print(f"best of {candidates}, {execute} of the {config.chunk} actions of each chunk executed, "
           f"seed {args.seed}; {latency(agent, candidates):.1f} ms per decision for one observation"
           f" on {agent.normalize_observation.middle.device.type}")
@@ -226,8 +226,6 @@ def plot_curves(args):
     success.legend(fontsize=7), losses.legend(fontsize=7)
     save_plot(plt, args.plot or runs[0] / "curve.png")
 
-
-LOSSES = ("flow", "distill", "dynamics", "reward", "success", "likelihood", "value", "critic")
 
 def parse(argv):
     parser = mac.Parser("eval.py", description="Evaluate runs of mac.py.")

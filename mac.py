@@ -4,7 +4,7 @@
     python mac.py --env cube-single-play-singletask-v0 --small    # minutes on a laptop CPU
     python eval.py exp/<run>                                      # success table, video, plots
 
-The algorithm, one line of `update` for each (equation numbers are the paper's):
+The algorithm, and the function of each step (equation numbers are the paper's):
 
     1. ChunkDataset.sample    draw (s_t, a_{t:t+n}, r, s_{t+n}) and goals from the logged data
     2. FlowPolicy.loss        clone the behaviour by flow matching (7); distil it to one step (8)
@@ -72,7 +72,7 @@ except ImportError:
 
 
 # ==========================================================================================
-# Part I: the method. Knows tensors only: no files, no flags, no environments.
+# Part I: the method. It computes on the tensors that it is handed, wherever they came from.
 # ==========================================================================================
 
 # ---------------------------------------------------------------------------- configuration
@@ -85,7 +85,8 @@ def setting(default, help, **kwargs):
 
 @dataclasses.dataclass
 class Config:
-    """Every setting. Defaults are the paper's for reward-based tasks (Tables 7 and 8)."""
+    """Every setting. Defaults are the paper's for reward-based tasks (Tables 7 and 8); what
+    else follows from the environment's id is in `preset`."""
 
     env: str = setting("cube-double-play-v0", "OGBench dataset id")
     seed: int = setting(0, "of parameters, batches and noise", low=0, high=2 ** 32 - 1)
@@ -152,10 +153,9 @@ class Batch(NamedTuple):
     actor_goal: torch.Tensor  # (B, G)
 
     def to(self, device):
-        if self.observation.device == device:
+        if self.observation.device.type == device.type:
             return self
-        pin = device.type == "cuda"  # then the copies overlap with what the device is doing
-        return Batch(*((x.pin_memory() if pin else x).to(device, non_blocking=pin) for x in self))
+        return Batch(*(x.pin_memory().to(device, non_blocking=True) for x in self))
 
 
 class Normalizer(nn.Module):
@@ -248,14 +248,17 @@ class MLP(nn.Module):
         layers = []
         for fan_in in (inputs, width, width, width):
             layers += [nn.Linear(fan_in, width), nn.GELU("tanh"), nn.LayerNorm(width, eps=1e-6)]
-        self.layers = nn.Sequential(*layers, nn.Linear(width, outputs))
-        for layer in self.layers:
+        self.hidden, self.output = nn.Sequential(*layers), nn.Linear(width, outputs)
+        for layer in (*self.hidden, self.output):
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
     def forward(self, *inputs):
-        return run_layers(self.layers, torch.cat(inputs, -1))
+        x = run_hidden(self.hidden, torch.cat(inputs, -1))
+        # Never in low precision: values between -64 and -128 are 0.5 apart in bfloat16.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.output(x.float())
 
 
 class ScalarMLP(MLP):
@@ -296,7 +299,10 @@ class SuccessModel(ScalarMLP):
 
 
 # ---------------------------------------------------------------------------- policies
-# Each has the same two methods: `loss` for the update, `propose` for the best-of-N.
+# Each has the same two methods. `loss` gives the update a dictionary of losses; `rollout` is None
+# in the warmup, and only FQL looks at it and at the critic. `propose` gives the best-of-N a chunk
+# (..., D) in [-1, 1] for each row of observation (..., O) and goal (..., G). A velocity is called
+# with observation, goal, x (..., D) and t (..., 1).
 
 
 def flow_matching_loss(velocity, x_1, observation, goal, generator):
@@ -345,8 +351,7 @@ class FlowPolicy(nn.Module):
         return euler(self.velocity, z, observation, goal, self.config.flow_steps).clamp(-1, 1)
 
     def propose(self, observation, goal, generator, exact=False):
-        """One chunk (..., D) for each row of observation (..., O) and goal (..., G), from the
-        one-step network or, if `exact`, from the flow that it imitates."""
+        """From the one-step network or, if `exact`, from the flow that it imitates."""
         z = self.noise(observation, generator)
         if exact:
             return self.flow(observation, goal, z)
@@ -404,14 +409,14 @@ class FQLPolicy(FlowPolicy):
 
     def loss(self, batch, rollout, critic, generator):
         losses = super().loss(batch, rollout, critic, generator)
+        losses["distill"] = self.config.fql_alpha * losses["distill"]
         if rollout is None:
             return losses
         states = rollout.observations[:-1]  # (H, B, O)
         chunk = self.propose(states, rollout.goals, generator)  # (H, B, D)
         frozen = {name: p.detach() for name, p in critic.named_parameters()}
         q = torch.func.functional_call(critic, frozen, (states, chunk, rollout.goals))  # (H, B)
-        return {**losses, "distill": self.config.fql_alpha * losses["distill"],
-                "extract": -q.mean() / q.abs().mean().detach()}
+        return {**losses, "extract": -q.mean() / q.abs().mean().detach()}
 
 
 POLICIES = {"flow": FlowPolicy, "onestep": OneStepPolicy, "gaussian": GaussianPolicy,
@@ -518,21 +523,17 @@ class Agent(nn.Module):
         return {"value": F.mse_loss(value, target), "critic": F.mse_loss(q, target_q)}
 
     def losses(self, batch, generator, warmup=False):
-        """All losses, which are added with weight one. -> dict of losses, dict of statistics
+        """All losses, which are added with weight one, and the rollout.
 
-        During the warmup there are no rollouts: neither V nor Q is trained.
+        During the warmup there is none (it is None): neither V nor Q is trained.
         """
-        if warmup:
-            clone = self.policy.loss(batch, None, None, generator)
-            return {**clone, **self.model_losses(batch)}, {}
-        some = slice(self.config.rollout_batch_size or None)
-        rollout = self.imagine(batch.observation[some], batch.value_goal[some], generator)
-        losses = {
-            **self.policy.loss(batch, rollout, self.critic, generator),
-            **self.model_losses(batch),
-            **self.value_losses(rollout),
-        }
-        return losses, {"rollout_reward": rollout.rewards.mean()}
+        rollout, value_losses = None, {}
+        if not warmup:
+            some = slice(self.config.rollout_batch_size or None)  # 0: the whole batch
+            rollout = self.imagine(batch.observation[some], batch.value_goal[some], generator)
+            value_losses = self.value_losses(rollout)
+        policy_losses = self.policy.loss(batch, rollout, self.critic, generator)
+        return {**policy_losses, **self.model_losses(batch), **value_losses}, rollout
 
     @torch.no_grad()
     def act(self, observation, goal=None, candidates=None, generator=None):
@@ -563,15 +564,16 @@ class Agent(nn.Module):
 
 
 def update(agent, optimizer, batch, generator, warmup=False):
-    """One step of Algorithm 1. -> dict of losses and statistics (0-dimensional tensors)"""
-    losses, statistics = agent.losses(batch, generator, warmup)
+    """One step of Algorithm 1. -> dict of losses and of statistics (0-dimensional tensors)"""
+    losses, rollout = agent.losses(batch, generator, warmup)
     optimizer.zero_grad()
     sum(losses.values()).backward()
     optimizer.step()
     with torch.no_grad():
         torch._foreach_lerp_(list(agent.target_value.parameters()),
                              list(agent.value.parameters()), agent.config.ema_rate)
-    return {name: value.detach() for name, value in {**losses, **statistics}.items()}
+    metrics = {name: loss.detach() for name, loss in losses.items()}
+    return metrics if warmup else {**metrics, "rollout_reward": rollout.rewards.mean()}
 
 
 # ==========================================================================================
@@ -648,8 +650,8 @@ def is_scripted(env_id):
 
 
 def make_env(env_id):
-    """An OGBench environment whose resets depend on the seed alone: OGBench draws a few actions
-    from an action space that it builds, unseeded, at each access, so here it is built once."""
+    """An OGBench environment whose `reset` can be seeded: OGBench draws a few actions from an
+    action space that it builds, unseeded, at each access, so here it is built once."""
     ogbench, _ = import_ogbench()
     env = ogbench.make_env_and_datasets(env_id, env_only=True)
     base = env.unwrapped
@@ -659,8 +661,9 @@ def make_env(env_id):
 
 
 def reset(env, task, seed):
-    """-> observation (O,), goal: the environment's, () if it has none; for `task` 1..5."""
+    """Begin `task` (1 to 5) -> observation (O,), goal (G,), of width 0 where the task is fixed."""
     env.unwrapped.action_space.seed(seed)
+    np.random.seed(seed)  # mazes draw the noise of a start from NumPy's global stream
     observation, info = env.reset(seed=seed, options={"task_id": task})
     return observation, info.get("goal", np.zeros(0))
 
@@ -753,7 +756,13 @@ def collect(path, name, episodes, workers=None, seed=0):
     into `path` and its '-val' sibling, over all cores; the same data for any `workers`. Episodes
     wait in a folder beside them, so that an interrupted collection goes on where it was."""
     parts = path.with_name(f".{name}-episodes")
-    make_folder(parts)
+    with lock(parts, wait=True):  # a second process would collect the same
+        if not path.exists():
+            collect_parts(parts, path, name, episodes, workers, seed)
+        shutil.rmtree(parts, ignore_errors=True)  # gone already if another process was first
+
+
+def collect_parts(parts, path, name, episodes, workers, seed):
     counts = {"-val": max(1, episodes // 10), "": episodes}  # the file looked for comes last
     jobs = [(parts / f"{seed}{suffix}-{i}.npz", name, seed, split, i)
             for split, (suffix, n) in enumerate(counts.items()) for i in range(n)]
@@ -766,20 +775,22 @@ def collect(path, name, episodes, workers=None, seed=0):
         try:
             for future in tqdm(done, f"collecting {name}", unit="episode"):
                 future.result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise MacError("a process of the collection was killed, perhaps for want of memory: "
+                           "the same command goes on with what it has") from error
         except BaseException:  # leaving the pool would wait for the episodes already begun
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
     for suffix, n in counts.items():
+        episodes_of_split, jobs = jobs[:n], jobs[n:]
         part = []
-        for path_of_episode, *_ in jobs[:n]:
-            with np.load(path_of_episode) as file:
+        for file_of_episode, *_ in episodes_of_split:
+            with np.load(file_of_episode) as file:
                 part.append(dict(file))
-        jobs = jobs[n:]
         arrays = {key: np.concatenate([episode[key] for episode in part]) for key in part[0]}
         with atomic_write(str(path).replace(".npz", f"{suffix}.npz")) as file:
             np.savez_compressed(file, **arrays)
-    shutil.rmtree(parts)
 
 
 # ---------------------------------------------------------------------------- data: files
@@ -792,34 +803,29 @@ DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError
 def find_data(config, obtain=True):
     """The path of the training file (its sibling '-val.npz' is validation): the collected one if
     --collect asks for it, else OGBench's, which is downloaded or, failing that, collected too;
-    without `obtain` only what is in the folder already.
-    -> path, one line that says where the data came from"""
+    then `config.collect` becomes what was collected, so that --resume finds it again. Without
+    `obtain` only what is in the folder already.
+    -> path, one line that says where the data came from. Raises MacError."""
     folder = pathlib.Path(config.dataset_dir).expanduser()
     environment, name = split_id(config.env)
     official, validation = folder / f"{name}.npz", folder / f"{name}-val.npz"
-    episodes = config.collect or COLLECTED_EPISODES
-    collected = folder / f"{name}-collected{episodes}.npz"
-    there = official.exists() and validation.exists()
-    if obtain and not there and not config.collect:
+    if not config.collect:
         try:
-            download(name, folder)
-            there = True
+            if obtain and not (official.exists() and validation.exists()):
+                download(name, folder)
+            return official, f"OGBench's file {official.name}"
         except (*DAMAGE, http.client.HTTPException, MacError) as error:
             reason = f"the download of {name} failed: {error}"
             if not is_scripted(config.env):
                 raise MacError(f"{reason}; there is no scripted policy to collect it with: put "
                                f"{official.name} and {validation.name} into {folder}") from error
-            print(f"WARNING: {reason}\nWARNING: using {episodes} episodes collected with OGBench's "
-                  "scripted policies instead (--collect N for another number)", flush=True)
-    if there and not config.collect:
-        return official, f"OGBench's file {official.name}"
-    if not collected.exists():
-        if not obtain:
-            raise MacError(f"{folder} does not hold the data of this run: name the folder that "
-                           "does by --dataset-dir")
-        make_folder(folder)
-        collect(collected, environment, episodes)
-    return collected, (f"{episodes} episodes collected with OGBench's scripted policies "
+        config.collect = COLLECTED_EPISODES
+        print(f"WARNING: {reason}\nWARNING: using {config.collect} episodes collected with OGBench's"
+              " scripted policies instead (--collect N for another number)", flush=True)
+    collected = folder / f"{name}-collected{config.collect}.npz"
+    if obtain and not collected.exists():
+        collect(collected, environment, config.collect)
+    return collected, (f"{config.collect} episodes collected with OGBench's scripted policies "
                        f"({collected.name})")
 
 
@@ -886,8 +892,10 @@ def check_file(path, observation_size, action_size, chunk, needed):
                 wrong = key in needed and find_fault(key, array, rows, widths.get(key), chunk)
                 if wrong:
                     raise MacError(f"{path}: {wrong}")
+    except FileNotFoundError as error:
+        raise MacError(f"{path} is not there: put it there, or set --dataset-dir") from error
     except (*DAMAGE, ValueError) as error:
-        raise MacError(f"{path} is missing or damaged ({error}): delete it, run again") from error
+        raise MacError(f"{path} is damaged ({error}): delete it and run again") from error
 
 
 def find_fault(key, array, rows, width, chunk):
@@ -1132,16 +1140,20 @@ def load_checkpoint(folder, device="cpu"):
 
 def load(run, device="cpu"):
     """The trained agent of a run folder, for use outside these scripts:
-    `mac.load("exp/...").act(observation, goal)`. Raises MacError."""
+    `mac.load("exp/...").act(observation, goal)`. Its `step` and `data_source` (a line that says
+    where the data came from) tell what it is. Raises MacError."""
     checkpoint = load_checkpoint(pathlib.Path(run), device)
-    agent = Agent(*checkpoint["sizes"], Config(**checkpoint["config"])).to(device)
-    agent.load_state_dict(checkpoint["agent"])
-    agent.step = checkpoint["step"]
+    try:
+        agent = Agent(*checkpoint["sizes"], Config(**checkpoint["config"])).to(device)
+        agent.load_state_dict(checkpoint["agent"])
+        agent.step, agent.data_source = checkpoint["step"], checkpoint["data"]
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise MacError(f"the checkpoint in {run} is of another version: {error}") from error
     return agent.eval()
 
 
-def lock(folder):
-    """Make the run folder and hold it for this process; refuse if another one holds it."""
+def lock(folder, wait=False):
+    """Make the folder and hold it for this process; refuse or wait while another one does."""
     make_folder(folder)
     try:
         file = open(folder / ".lock", "w")
@@ -1149,9 +1161,11 @@ def lock(folder):
         raise MacError(f"cannot write in {folder}: {error.strerror}") from error
     if fcntl:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise MacError(f"another process is training in {folder}") from None
+        except OSError:
+            pass  # a file system without locks
     for leftover in folder.glob(".*.tmp"):  # of a save that was killed
         leftover.unlink()
     return file
@@ -1182,6 +1196,7 @@ class Log:
             raise MacError(f"cannot write {self.path}: {error.strerror}") from error
 
     def has(self, step):
+        """Whether it holds rows of this step."""
         if not self.path.exists():
             return False
         with open(self.path, newline="") as file:
@@ -1206,7 +1221,7 @@ class Stop:
         self.signal = number
         for other in self.before:
             signal.signal(other, signal.SIG_DFL)
-        print("\nstopping after this step; once more to quit at once", file=sys.stderr)
+        os.write(2, b"\nstopping after this step; once more to quit at once\n")  # reentrant
 
     def __call__(self):
         return self.signal is not None
@@ -1220,9 +1235,9 @@ FUSED = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if (
     torch.backends.mkldnn.is_available()) else None
 
 
-def run_layers(layers, x):
-    """The layers of an MLP. Without gradient on a CPU, oneDNN applies GELU to each tile of a
-    product while it is in the cache, where PyTorch's own tanh GELU is a slow second pass."""
+def run_hidden(layers, x):
+    """The hidden layers of an MLP. Without gradient on a CPU, oneDNN applies GELU to each tile of
+    a product while it is in the cache, where PyTorch's own tanh GELU is a slow second pass."""
     if FUSED is None or torch.is_grad_enabled() or x.is_cuda:
         return layers(x)
     dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
@@ -1230,7 +1245,7 @@ def run_layers(layers, x):
     for linear, _, norm in zip(layers[0::3], layers[1::3], layers[2::3]):
         x = FUSED(x, linear.weight.to(dtype), linear.bias.to(dtype), "gelu", [], "tanh")
         x = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    return F.linear(x, layers[-1].weight.to(dtype), layers[-1].bias.to(dtype))
+    return x
 
 
 def make_optimizer(agent):
@@ -1306,7 +1321,7 @@ def benchmark(config, updates):
     env = make_env(config.env)
     observation, action = env_sizes(env)
     goal = 0 if "singletask" in config.env else len(reset(env, 1, 0)[1])
-    device = set_up_device(config)
+    device = set_up_device(config.device)
     torch.manual_seed(config.seed)
     agent = Agent(observation, goal, action, config)
     states = torch.arange(20 * EPISODE_STEPS)
@@ -1362,10 +1377,9 @@ def peak_memory(device):
 # ---------------------------------------------------------------------------- training loop
 
 
-def set_up_device(config):
+def set_up_device(name):
     """The device to train on, with fast fp32 matrix products switched on: TF32 on a GPU; on a CPU
     oneDNN's, unless it would round to bfloat16 there (some CPUs do, so it is tried)."""
-    name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     elif name == "cuda" and not torch.cuda.is_available():
@@ -1410,12 +1424,14 @@ class Run:
         self.agent.load_state_dict(state["agent"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.param_groups[0]["capturable"] = self.device.type == "cuda"
-        for generator, saved in zip(self.generators, state["generators"]):
+        devices = [generator.device for generator in self.generators]
+        others = make_generators((self.config.seed, self.step), *devices)
+        for generator, fresh, saved in zip(self.generators, others, state["generators"]):
             if len(saved) == len(generator.get_state()):
                 generator.set_state(saved.cpu())
             else:
-                print("another device than before: the random streams start anew", flush=True)
-                generator.manual_seed(self.config.seed + self.step)
+                print("another device than before: a random stream starts anew", flush=True)
+                generator.set_state(fresh.get_state())
 
     def open_logs(self):
         self.train_log = Log(self.folder / "train.csv", self.step)
@@ -1429,14 +1445,14 @@ class Run:
         return self.step > self.warmup_steps and self.due(self.config.eval_interval)
 
     def after_update(self, losses):
-        """Log, evaluate and save, each if its time has come."""
+        """Log, save and evaluate, each if its time has come."""
         self.step += 1
         if self.due(self.config.log_interval):
             self.log(losses)
-        if self.evaluation_due():
-            self.evaluate()
         if self.due(self.config.save_interval):
             self.save(losses)
+        if self.evaluation_due():
+            self.evaluate()
 
     def log(self, losses):
         """A row of train.csv: this step's losses and those of a fixed validation batch."""
@@ -1444,8 +1460,8 @@ class Run:
         generators = make_generators(0, self.validation.starts.device, self.device)
         batch = self.validation.sample(self.config.batch_size, generators[0]).to(self.device)
         with torch.no_grad():
-            validation, statistics = self.agent.losses(batch, generators[1])
-        row = {name: now.get(name, "") for name in (*validation, *statistics)}
+            validation, _ = self.agent.losses(batch, generators[1])
+        row = {name: now.get(name, "") for name in (*validation, "rollout_reward")}
         row.update({f"val_{name}": value.item() for name, value in validation.items()})
         self.train_log.write([{"step": self.step, **row}])
         self.status.update({name: f"{now[name]:.3g}" for name in ("dynamics", "value", "critic")
@@ -1480,7 +1496,7 @@ class Run:
     def save(self, losses):
         self.check_finite(losses)
         save_checkpoint(self.folder, {
-            "step": self.step, "sizes": self.agent.sizes,
+            "step": self.step, "sizes": self.agent.sizes, "data": self.agent.data_source,
             "config": dataclasses.asdict(self.config), "agent": self.agent.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "generators": [generator.get_state() for generator in self.generators]})
@@ -1489,7 +1505,10 @@ class Run:
     def final_table(self, episodes=50):
         """MAC beside cloning (one candidate of the same networks), both ways to execute."""
         each = max(1, episodes // len(self.evaluator.tasks))
-        for candidates, label in {self.config.eval_candidates: "MAC", 1: "cloning"}.items():
+        name = "MAC" if self.config.policy == "flow" else self.config.policy
+        for candidates, label in ((self.config.eval_candidates, name), (1, "cloning")):
+            if label == "cloning" and self.config.eval_candidates == 1:
+                return  # it is the row above
             for execute in (self.config.chunk, 1):
                 results = self.evaluator.play(self.agent, each, 1 + self.config.seed, execute,
                                               candidates, stop=self.stop)
@@ -1507,44 +1526,48 @@ def describe(config):
 
 def prepare(config, device, env):
     """The data, found, checked, loaded and normalised. -> agent on `device`, training and
-    validation dataset, and a line that says where the data came from"""
+    validation dataset. Raises MacError."""
     path, source = find_data(config)
     print(f"data: {source}", flush=True)
     data, validation = (to_tensors(d, config.env) for d in load_data(config, path, env))
     torch.manual_seed(config.seed)
-    agent = Agent(*(t.shape[1] for t in data[:3]), config)
-    agent.normalize_observation.fit(data[0])
-    agent.normalize_goal.fit(data[1])
+    observations, goals, actions = data[:3]
+    agent = Agent(observations.shape[1], goals.shape[1], actions.shape[1], config)
+    agent.data_source = source
+    agent.normalize_observation.fit(observations)
+    agent.normalize_goal.fit(goals)
     datasets = [make_dataset(agent, t, device) for t in (data, validation)]
-    return agent.to(device), *datasets, source
+    return agent.to(device), *datasets
 
 
-def train(config, device, folder, resume):
+def train(config, folder, resume):
     """Train in `folder` until `config.steps`, a signal or an error. -> exit status"""
+    device = set_up_device(config.device)
     evaluator = Evaluator(config.env)
-    agent, dataset, validation, source = prepare(config, device, evaluator.envs[0])
+    agent, dataset, validation = prepare(config, device, evaluator.envs[0])
     with Stop() as stop:
         run = Run(config, folder, agent, dataset, validation, evaluator, stop)
         if resume:
             run.restore()
         run.open_logs()
-        write_json(folder / "config.json", {**dataclasses.asdict(config), "data": source})
+        write_json(folder / "config.json", {**dataclasses.asdict(config), "data": agent.data_source})
         if run.step and run.evaluation_due() and not run.eval_log.has(run.step):
             run.evaluate()  # it was interrupted
         rate = run.optimizer.param_groups[0]["lr"]
         with tqdm(total=config.steps, initial=run.step, desc=config.env, smoothing=0.05) as bar:
-            for warmup, end in ((True, run.warmup_steps), (False, config.steps)):
-                if run.step >= end or stop():
-                    continue
-                step = make_step(agent, run.optimizer, dataset, *run.generators, warmup)
-                while run.step < end and not stop():
-                    if config.decay and not warmup:
-                        left = (config.steps - run.step) / (config.steps - run.warmup_steps)
-                        rate.fill_(config.learning_rate * left)
-                    losses = step()
-                    run.after_update(losses)
-                    bar.set_postfix(run.status, refresh=False)
-                    bar.update()
+            phase = None
+            while run.step < config.steps and not stop():
+                warmup = run.step < run.warmup_steps
+                if warmup != phase:
+                    phase = warmup
+                    step = make_step(agent, run.optimizer, dataset, *run.generators, warmup)
+                if config.decay:
+                    left = (config.steps - run.step) / (config.steps - run.warmup_steps)
+                    rate.fill_(config.learning_rate * min(1, left))
+                losses = step()
+                run.after_update(losses)
+                bar.set_postfix(run.status, refresh=False)
+                bar.update()
         if run.step > run.saved:
             run.save(losses)
         if config.small and not stop():
@@ -1653,12 +1676,16 @@ def make_config(given):
         odds = settings[key] = tuple(settings.get(key, getattr(Config, key)))
         if not (min(odds) >= 0 and abs(sum(odds) - 1) < 1e-6):
             raise MacError(f"--{key.replace('_', '-')}: {odds} are not four odds that add up to 1")
-    if settings.get("policy") == "fql":  # extracts by gradient, without rejection sampling
-        settings.update({k: given.get(k, 1) for k in ("candidates", "eval_candidates")})
+    if settings.get("policy") == "fql":  # its one-step network is what climbs Q
+        extract = {"candidates": 1, "eval_candidates": 1, "eval_flow": False,
+                   "fql_alpha": 0.3 if "cube-double" in env else 1.0}  # Table 11
+        settings.update({**extract, **given})
     config = Config(**settings)
     if config.collect and not is_scripted(env):
         raise MacError(f"--collect: OGBench has no scripted policy for {env}; put the files of "
                        f"{split_id(env)[1]} into {config.dataset_dir} and leave --collect out")
+    if given.get("execute", 1) > config.chunk:
+        raise MacError(f"--execute: chunks have {config.chunk} actions, not {config.execute}")
     config.execute = min(config.execute, config.chunk)
     return config
 
@@ -1667,8 +1694,8 @@ def resumed(config, folder, given):
     """The saved configuration of a run with what may change taken from the flags given."""
     try:
         saved = json.loads((folder / "config.json").read_text())
-        old = Config(**{f.name: saved[f.name] for f in dataclasses.fields(Config)})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        old = Config(**{f.name: saved.get(f.name, f.default) for f in dataclasses.fields(Config)})
+    except (OSError, ValueError, AttributeError, TypeError) as error:
         raise MacError(f"{folder / 'config.json'} cannot be read ({error!r})") from error
     for name in given:
         before, now = getattr(old, name), getattr(config, name)
@@ -1688,18 +1715,17 @@ def main(argv=None):
             print(json.dumps(benchmark(config, updates)))
             return 0
         folder = pathlib.Path(config.save_dir or f"exp/{config.env}-seed{config.seed}")
-        exists = (folder / "config.json").exists()
-        if exists and not resume:
-            raise MacError(f"{folder} already holds a run: --resume continues it, --save-dir or "
-                           "--seed starts another")
-        if exists:
-            config = resumed(config, folder, given)
-        elif resume:
-            print(f"{folder} holds no run to resume: starting one", flush=True)
-        device = set_up_device(config)
         with lock(folder):
+            exists = any(any(folder.glob(name)) for name in ("*.json", "*.csv", "checkpoint*.pt"))
+            if exists and not resume:
+                raise MacError(f"{folder} already holds a run: --resume continues it, --save-dir "
+                               "or --seed starts another")
+            if exists:
+                config = resumed(config, folder, given)
+            elif resume:
+                print(f"{folder} holds no run to resume: starting one", flush=True)
             print(json.dumps(dataclasses.asdict(config), indent=2), flush=True)
-            return train(config, device, folder, exists)
+            return train(config, folder, exists)
     except MacError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.status

@@ -124,13 +124,13 @@ def test_mlp_against_numpy():
     net = mac.MLP(5, 2, 8)
     x = torch.randn(7, 5)
     h = x.numpy().astype(np.float64)
-    for linear, norm in zip(net.layers[0:12:3], net.layers[2:12:3]):
+    for linear, norm in zip(net.hidden[0::3], net.hidden[2::3]):
         norm.weight.data.normal_(), norm.bias.data.normal_(), linear.bias.data.normal_()
         h = h @ linear.weight.detach().numpy().T + linear.bias.detach().numpy()
         h = h / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h ** 3)))
         h = (h - h.mean(1, keepdims=True)) / np.sqrt(h.var(1, keepdims=True) + 1e-6)
         h = h * norm.weight.detach().numpy() + norm.bias.detach().numpy()
-    h = h @ net.layers[12].weight.detach().numpy().T
+    h = h @ net.output.weight.detach().numpy().T
     assert np.allclose(net(x[:, :2], x[:, 2:]).detach(), h, atol=1e-5)
 
 
@@ -140,14 +140,16 @@ def test_the_fused_forward_of_cpus_is_the_plain_one(shape, monkeypatch):
     net, x = mac.MLP(5, 2, 32), torch.randn(*shape, 5)
     with torch.no_grad():
         quick = net(x)
-        assert torch.allclose(quick, net.layers(x), atol=1e-5)
+        assert torch.allclose(quick, net.output(net.hidden(x)), atol=1e-5)
         with torch.autocast("cpu", torch.bfloat16):
             low = net(x)
-        assert low.dtype == torch.bfloat16 and torch.allclose(low.float(), quick, atol=0.1)
+            plain = net.hidden(x)
+        assert plain.dtype == torch.bfloat16 and low.dtype == torch.float32
+        assert torch.allclose(low, quick, atol=0.1)
     assert net(x).requires_grad
     monkeypatch.setattr(mac, "FUSED", None)
     with torch.no_grad():
-        assert torch.equal(net(x), net.layers(x))
+        assert torch.equal(net(x), net.output(net.hidden(x)))
 
 
 def test_euler_on_fields_with_known_solutions():
@@ -383,6 +385,10 @@ def test_bfloat16_changes_proposals_and_scores_only_a_little():
     assert a["distill"] != b["distill"] and torch.allclose(a["distill"], b["distill"], rtol=0.05)
     states = low.imagine(batch.observation, batch.value_goal, generator()).observations
     assert states.dtype == torch.float32
+    low.critic.output.bias.data.fill_(-100)  # where bfloat16 knows only -100, -100.5, ...
+    with mac.low_precision(low.config, states), torch.no_grad():
+        q = low.critic(batch.observation, batch.chunk, batch.value_goal)
+    assert len(q.unique()) > 40  # and not about a dozen
 
 
 # ------------------------------------------------------------------------------ policies
@@ -422,7 +428,7 @@ def test_fql_gradient_reaches_the_one_step_policy_only():
                agent.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
     assert touched == {"policy.one_step"}
     # minus the mean of Q over the mean of |Q|: +1 where every Q is negative, -1 where positive
-    agent.critic.layers[-1].bias.data.fill_(-100)
+    agent.critic.output.bias.data.fill_(-100)
     extract = agent.policy.loss(batch, rollout, agent.critic, generator(7))["extract"]
     assert np.isclose(extract.item(), 1)
 
@@ -585,7 +591,9 @@ def test_settings_follow_the_environment():
     assert settings("humanoidmaze-giant-navigate-oraclerep-v0")[-1] == maze
     assert settings("cube-double-play-v0", width=7)[0] == 7
     fql = mac.make_config({"env": SINGLE, "policy": "fql"})
-    assert (fql.candidates, fql.eval_candidates) == (1, 1)
+    assert (fql.candidates, fql.eval_candidates, fql.fql_alpha) == (1, 1, 1.0)
+    fql = mac.make_config({"env": "cube-double-play-v0", "policy": "fql", "small": True})
+    assert (fql.eval_candidates, fql.eval_flow, fql.fql_alpha) == (1, False, 0.3)
 
 
 # ------------------------------------------------------------------------------ speed
@@ -840,7 +848,7 @@ def test_a_loss_that_is_not_finite_stops_with_status_3(data_dir, tmp_path, capsy
     assert mac.main(command) == 0
     good = (tmp_path / "checkpoint.pt").read_bytes()
     state = mac.load_checkpoint(tmp_path)
-    state["agent"]["value.layers.0.weight"][0, 0] = float("nan")
+    state["agent"]["value.hidden.0.weight"][0, 0] = float("nan")
     mac.save_checkpoint(tmp_path, state)
     (tmp_path / "checkpoint-previous.pt").write_bytes(good)
     error = failing(capsys, *command, "--steps", "20", "--resume", status=3)
@@ -890,6 +898,7 @@ def test_a_run_folder_is_neither_overwritten_nor_shared(trained, data_dir, capsy
     (["--chunk", "1001"], "no trajectory is longer than a chunk"),
     (["--env", "antmaze-large-navigate-v0", "--collect", "3"], "no scripted policy"),
     (["--resume", "--steps"], "expected one argument"),
+    (["--execute", "11"], "--execute: chunks have 10 actions, not 11"),
 ])
 def test_bad_input_is_one_line_and_status_2(command, message, data_dir, tmp_path, capsys):
     if "cuda" in command and torch.cuda.is_available():
@@ -1005,7 +1014,7 @@ def test_flipped_and_truncated_data_is_refused(tmp_path, cube_env):
             damaged.append(bytes(flipped))
     for data in damaged:
         path.write_bytes(data)
-        with pytest.raises(mac.MacError, match="data.npz is (missing or )?damaged"):
+        with pytest.raises(mac.MacError, match="data.npz is damaged"):
             load_file(tmp_path, cube_env)
 
 
