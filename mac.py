@@ -1607,7 +1607,7 @@ def preset(env, small):
 SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 32, "candidates": 4,
          "eval_candidates": 16, "flow_steps": 5, "eval_flow": True, "discount": 0.99,
          "ema_rate": 0.02, "learning_rate": 1e-3, "decay": True, "steps": 14_000, "warmup": 0.57,
-         "collect": 100, "execute": 10, "log_interval": 250, "eval_interval": 2000,
+         "collect": 200, "execute": 10, "log_interval": 250, "eval_interval": 2000,
          "eval_episodes": 20, "save_interval": 2000}
 # What --resume may change: nothing that the parameters depend on at a given step, but for `steps`,
 # which sets the length of a warmup and a decay.
