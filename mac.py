@@ -763,9 +763,12 @@ def collect(path, name, episodes, workers=None, seed=0):
 
 
 def collect_parts(parts, path, name, episodes, workers, seed):
+    """The work of `collect`, of which `parts` keeps the episodes that are done."""
     counts = {"-val": max(1, episodes // 10), "": episodes}  # the file looked for comes last
-    jobs = [(parts / f"{seed}{suffix}-{i}.npz", name, seed, split, i)
-            for split, (suffix, n) in enumerate(counts.items()) for i in range(n)]
+    files = {suffix: [parts / f"{seed}{suffix}-{i}.npz" for i in range(n)]
+             for suffix, n in counts.items()}
+    jobs = [(file, name, seed, split, i) for split, group in enumerate(files.values())
+            for i, file in enumerate(group)]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     workers = min(workers or cores, len(jobs))
     # Fresh interpreters: a fork of a process that has run torch's threads may hang.
@@ -782,15 +785,16 @@ def collect_parts(parts, path, name, episodes, workers, seed):
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
-    for suffix, n in counts.items():
-        episodes_of_split, jobs = jobs[:n], jobs[n:]
-        part = []
-        for file_of_episode, *_ in episodes_of_split:
-            with np.load(file_of_episode) as file:
-                part.append(dict(file))
-        arrays = {key: np.concatenate([episode[key] for episode in part]) for key in part[0]}
+    for suffix, group in files.items():
+        data = [read_arrays(file) for file in group]
+        arrays = {key: np.concatenate([episode[key] for episode in data]) for key in data[0]}
         with atomic_write(str(path).replace(".npz", f"{suffix}.npz")) as file:
             np.savez_compressed(file, **arrays)
+
+
+def read_arrays(path):
+    with np.load(path) as file:
+        return dict(file)
 
 
 # ---------------------------------------------------------------------------- data: files

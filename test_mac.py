@@ -487,6 +487,18 @@ def test_collection_is_the_same_with_one_worker_and_loads_in_ogbench(data_dir, t
     assert not np.array_equal(train["observations"], val["observations"])
 
 
+def test_a_collection_takes_up_the_episodes_of_an_interrupted_one(tmp_path):
+    parts = tmp_path / ".cube-single-v0-episodes"
+    parts.mkdir()
+    for name in ("0-val-0", "0-0"):
+        np.savez(parts / f"{name}.npz", episode=np.full(3, len(name)))
+    (parts / ".0-0.npz.7.tmp").write_bytes(b"torn")
+    mac.collect(tmp_path / "data.npz", "cube-single-v0", 1, workers=1)
+    assert np.load(tmp_path / "data-val.npz")["episode"].tolist() == [7, 7, 7]
+    assert np.load(tmp_path / "data.npz")["episode"].tolist() == [3, 3, 3]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data-val.npz", "data.npz"]
+
+
 def test_command_line_from_training_to_evaluation(trained, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(mac.Evaluator.__init__, "__defaults__", (1,))  # building one takes 1 s
     for env, folder in trained.items():
@@ -756,6 +768,7 @@ def test_no_worker_outlives_a_collection(number, tmp_path):
     rest = process.communicate(timeout=30)[1]
     assert process.returncode == (130 if number == signal.SIGINT else -number)
     assert "Traceback" not in rest and not list(tmp_path.glob("*.npz"))
+    assert list(tmp_path.glob(".cube-single-v0-episodes/*.npz"))  # nothing lost
 
 
 def test_second_signal_quits_at_once():
