@@ -209,7 +209,7 @@ def plot_curves(args):
         if not read_csv(run / "train.csv"):
             raise mac.MacError(f"{run / 'train.csv'} has nothing to plot")
     plt = pyplot()
-    figure, (success, losses) = plt.subplots(1, 2, figsize=(9, 3.2))
+    figure, (success, losses) = plt.subplots(1, 2, sharex=True, figsize=(9, 3.2))
     for run, style in zip(runs, itertools.cycle(("-", "--", ":", "-."))):
         rows = read_csv(run / "train.csv")
         for color, name in enumerate(LOSSES):

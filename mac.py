@@ -517,8 +517,8 @@ class Agent(nn.Module):
                              self.target_value(states[-1], goals[0]), discount)  # (H, B)
         value = self.value(states[:-1], goals)  # (H, B)
         # The online V(s_1): already computed above, unless the rollout is a single chunk.
-        second = value[1] if len(value) > 1 else self.value(states[1], goals[0])
-        target_q = rollout.rewards[0] + discount * rollout.masks[0] * second.detach()  # (B,)
+        next_value = value[1] if len(value) > 1 else self.value(states[1], goals[0])
+        target_q = rollout.rewards[0] + discount * rollout.masks[0] * next_value.detach()  # (B,)
         q = self.critic(states[0], rollout.chunks[0], goals[0])
         return {"value": F.mse_loss(value, target), "critic": F.mse_loss(q, target_q)}
 
@@ -798,6 +798,7 @@ def read_arrays(path):
 
 
 # ---------------------------------------------------------------------------- data: files
+# find_data -> load_data -> to_tensors -> make_dataset: a path, arrays, tensors, chunks.
 
 
 # What reading a damaged .npz raises: its zip checksums are verified while it is read.
@@ -869,7 +870,7 @@ def check_memory(paths):
     for path in paths:
         with contextlib.suppress(*DAMAGE), zipfile.ZipFile(path) as archive:
             size += sum(item.file_size for item in archive.infolist())
-    needed, available = 2 * size, available_memory()  # as read, and as normalised chunks' source
+    needed, available = 2 * size, available_memory()  # the arrays as read, and normalised
     if available is not None and needed > available:
         raise MacError(f"{paths[0].name} needs about {needed / 1e9:.1f} GB of memory and "
                        f"{available / 1e9:.1f} GB are free: use a smaller dataset (--collect N)")
@@ -1182,7 +1183,8 @@ class Log:
         self.path, self.fields = path, None
         if path.exists():
             lines = path.read_text().splitlines(keepends=True)
-            kept = [x for x in lines[1:] if x.endswith("\n") and int(x.split(",")[0]) <= step]
+            kept = [line for line in lines[1:] if line.endswith("\n")
+                    and line.split(",")[0].isdigit() and int(line.split(",")[0]) <= step]
             if lines and lines[0].endswith("\n"):
                 self.fields = lines[0].strip().split(",")
             with atomic_write(path) as file:
@@ -1397,8 +1399,9 @@ def set_up_device(name):
 
 
 def make_generators(seed, *devices):
-    """Independent generators, one per device given: how often one logs, validates or evaluates
-    does not change what is learned."""
+    """One generator per device given, their streams independent of each other. Batches, training
+    noise, validation and evaluation have one each, so that how often one logs or evaluates does
+    not change what is learned."""
     seeds = np.random.SeedSequence(seed).generate_state(len(devices))
     return [torch.Generator(d).manual_seed(int(s)) for d, s in zip(devices, seeds)]
 
