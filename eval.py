@@ -78,7 +78,8 @@ def evaluate(run, args):
     print(f"best of {candidates}, {execute} of the {config.chunk} actions of each chunk executed, "
           f"seed {args.seed}; {latency(agent, candidates):.1f} ms per decision for one observation"
           f" on {agent.normalize_observation.middle.device.type}")
-    print(f"{'':8} {'success':>12} {'episodes':>9} {'return':>9} {'length':>7}   paper")
+    print(f"{'':8} {'success':>12} {'episodes':>9} {'return':>9} {'length':>7}   paper "
+          "(N = 32, 1 action)")
     for name, row in table.items():
         print(f"{name:8} {row['success']:6.1%} ±{row['stderr']:5.1%} {row['episodes']:9} "
               f"{row['return']:9.1f} {row['length']:7.1f}   {paper.get(name, '-')}")
@@ -130,6 +131,7 @@ def model_error(agent, dataset, steps, trajectories=2000):
 
 def compare_model_errors(args):
     """Print, write (RUN/model_error.csv) and plot the model error of every run."""
+    plt = pyplot() if args.plot is not None else None
     curves = {}
     for run in args.runs:
         agent = mac.load(run)
@@ -149,8 +151,7 @@ def compare_model_errors(args):
     for label, curve in curves.items():
         shown = [c for c in curve if c[0] and c[0] % 25 == 0] or curve[1:]
         print(f"{label:40}", "  ".join(f"{s} steps: {e:.4g}" for s, e in shown))
-    if args.plot is not None:
-        plt = pyplot()
+    if plt:
         for label, curve in curves.items():
             plt.plot(*zip(*curve[1:]), marker="." if len(curve) < 30 else "", label=label)
         plt.xlabel("environment steps"), plt.ylabel("mean squared error"), plt.yscale("log")
@@ -198,7 +199,7 @@ def save_plot(plt, path):
 def read_csv(path):
     if not path.exists():
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", errors="replace") as file:
         return list(csv.DictReader(file))
 
 
@@ -223,7 +224,9 @@ def plot_curves(args):
         success.fill_between(steps, np.subtract(mean, error), np.add(mean, error), alpha=0.2)
     success.set(xlabel="gradient steps", ylabel="success", ylim=(-0.05, 1.05))
     losses.set(xlabel="gradient steps", ylabel="loss", yscale="log")
-    success.legend(fontsize=7), losses.legend(fontsize=7)
+    for panel in (success, losses):
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=7)
     save_plot(plt, args.plot or runs[0] / "curve.png")
 
 
@@ -232,10 +235,13 @@ def parse(argv):
     positive = mac.number(int, 1)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--episodes", type=positive, help="per task; default the run's setting")
-    parser.add_argument("--execute", type=positive, help="actions executed of each chunk")
-    parser.add_argument("--candidates", type=positive, help="N; 1 is the cloned behaviour")
-    parser.add_argument("--seed", type=mac.number(int, 0), default=0)
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    parser.add_argument("--execute", type=positive, help="actions executed of each chunk; default "
+                        "the run's setting")
+    parser.add_argument("--candidates", type=positive, help="N; 1 is the cloned behaviour; default "
+                        "the run's setting")
+    parser.add_argument("--seed", type=mac.number(int, 0), default=0, help="of the episodes")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
+                        help="where to run the networks")
     parser.add_argument("--video", metavar="OUT.gif", help="the first episode of each task")
     parser.add_argument("--json", metavar="OUT.json", help="write the numbers of one run")
     parser.add_argument("--plot", nargs="?", const="", metavar="OUT.png",
@@ -270,9 +276,12 @@ def main(argv=None):
         if args.model_error:
             compare_model_errors(args)
         elif args.plot is not None:
-            plot_curves(args)
+            try:
+                plot_curves(args)
+            except (ValueError, KeyError, TypeError) as error:
+                raise mac.MacError(f"a CSV file of the run is damaged: {error!r}") from error
         else:
-            if args.video:  # chosen before mujoco is imported
+            if args.video and sys.platform == "linux":  # chosen before mujoco is imported
                 os.environ.setdefault("MUJOCO_GL", "egl")
             for run in args.runs:
                 report = evaluate(run, args)

@@ -89,10 +89,10 @@ class Config:
     else follows from the environment's id is in `preset`."""
 
     env: str = setting("cube-double-play-v0", "OGBench dataset id")
-    seed: int = setting(0, "of parameters, batches and noise", low=0, high=2 ** 32 - 1)
-    steps: int = setting(1_000_000, "gradient steps (2M if goal-conditioned)", low=1)
+    seed: int = setting(0, "seed of parameters, batches and noise", low=0, high=2 ** 32 - 1)
+    steps: int = setting(1_000_000, "gradient steps; goal-conditioned 2M", low=1)
     device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda"))
-    small: bool = setting(False, "laptop preset: small networks, collected data, minutes")
+    small: bool = setting(False, "laptop preset (SMALL below in mac.py): collected data, minutes")
     # the method
     chunk: int = setting(10, "n: actions in a chunk", low=1)
     horizon: int = setting(10, "H: chunks in an imagined rollout", low=1)
@@ -113,9 +113,8 @@ class Config:
     actor_goals: tuple = setting((0.0, 1.0, 0.0, 0.0), "the same for actor goals (puzzle: half "
                                  "geometric, half random; mazes: uniform future)")
     # networks and optimisation
-    width: int = setting(512, "hidden units in each of the 4 layers (1024 if goal-conditioned)",
-                         low=1)
-    batch_size: int = setting(256, "chunks per gradient step (1024 if goal-conditioned)", low=1)
+    width: int = setting(512, "hidden units in each of the 4 layers; goal-conditioned 1024", low=1)
+    batch_size: int = setting(256, "chunks per gradient step; goal-conditioned 1024", low=1)
     rollout_batch_size: int = setting(0, "rollouts per step; 0: from the whole batch", low=0)
     learning_rate: float = setting(3e-4, "Adam's step size", low=0)
     warmup: float = setting(0.0, "share of the steps, the first, that train models and policy "
@@ -615,8 +614,9 @@ def import_ogbench():
     renderer = os.environ.setdefault("MUJOCO_GL", "disabled")
     import gymnasium
     try:
+        import mujoco  # noqa: F401 it loads the renderer, and raises many kinds if there is none
         import ogbench
-    except Exception as error:  # dm_control raises several kinds for a renderer that is missing
+    except Exception as error:
         raise MacError(f"OGBench does not start with MUJOCO_GL={renderer} ({error}); unset "
                        "it to go without rendering, or install what it names (EGL: libegl1)"
                        ) from error
@@ -757,14 +757,14 @@ def collect(path, name, episodes, workers=None, seed=0):
     wait in a folder beside them, so that an interrupted collection goes on where it was."""
     parts = path.with_name(f".{name}-episodes")
     with lock(parts, wait=True):  # a second process would collect the same
-        if not path.exists():
+        if not (path.exists() and validation_file(path).exists()):
             collect_parts(parts, path, name, episodes, workers, seed)
         shutil.rmtree(parts, ignore_errors=True)  # gone already if another process was first
 
 
 def collect_parts(parts, path, name, episodes, workers, seed):
     """The work of `collect`, of which `parts` keeps the episodes that are done."""
-    counts = {"-val": max(1, episodes // 10), "": episodes}  # the file looked for comes last
+    counts = {"-val": max(1, episodes // 10), "": episodes}
     files = {suffix: [parts / f"{seed}{suffix}-{i}.npz" for i in range(n)]
              for suffix, n in counts.items()}
     jobs = [(file, name, seed, split, i) for split, group in enumerate(files.values())
@@ -793,8 +793,12 @@ def collect_parts(parts, path, name, episodes, workers, seed):
 
 
 def read_arrays(path):
-    with np.load(path) as file:
-        return dict(file)
+    try:
+        with np.load(path) as file:
+            return dict(file)
+    except (*DAMAGE, ValueError) as error:
+        path.unlink(missing_ok=True)
+        raise MacError(f"{path} was damaged and is deleted: run the same command again") from error
 
 
 # ---------------------------------------------------------------------------- data: files
@@ -813,10 +817,14 @@ def find_data(config, obtain=True):
     -> path, one line that says where the data came from. Raises MacError."""
     folder = pathlib.Path(config.dataset_dir).expanduser()
     environment, name = split_id(config.env)
-    official, validation = folder / f"{name}.npz", folder / f"{name}-val.npz"
+    official = folder / f"{name}.npz"
+    validation = validation_file(official)
     if not config.collect:
+        if official.exists() != validation.exists():
+            raise MacError(f"{folder} holds one of {official.name} and {validation.name}: put the "
+                           "other beside it, or move it away")
         try:
-            if obtain and not (official.exists() and validation.exists()):
+            if obtain and not official.exists():
                 download(name, folder)
             return official, f"OGBench's file {official.name}"
         except (*DAMAGE, http.client.HTTPException, MacError) as error:
@@ -825,13 +833,18 @@ def find_data(config, obtain=True):
                 raise MacError(f"{reason}; there is no scripted policy to collect it with: put "
                                f"{official.name} and {validation.name} into {folder}") from error
         config.collect = COLLECTED_EPISODES
-        print(f"WARNING: {reason}\nWARNING: using {config.collect} episodes collected with OGBench's"
-              " scripted policies instead (--collect N for another number)", flush=True)
+        print(f"WARNING: {reason}\nWARNING: using {config.collect} episodes collected with "
+              "OGBench's scripted policies instead (--collect N for another number)", flush=True)
     collected = folder / f"{name}-collected{config.collect}.npz"
-    if obtain and not collected.exists():
+    if obtain and not (collected.exists() and validation_file(collected).exists()):
         collect(collected, environment, config.collect)
     return collected, (f"{config.collect} episodes collected with OGBench's scripted policies "
                        f"({collected.name})")
+
+
+def validation_file(path):
+    """OGBench's name of the file of validation episodes beside a training file."""
+    return path.with_name(path.name.replace(".npz", "-val.npz"))
 
 
 def download(name, folder):
@@ -876,25 +889,23 @@ def check_memory(paths):
                        f"{available / 1e9:.1f} GB are free: use a smaller dataset (--collect N)")
 
 
-def check_file(path, observation_size, action_size, chunk, needed):
+def check_file(path, widths, chunk):
     """Raise MacError, naming the file, key and index, unless it is undamaged and holds what OGBench
-    writes: the arrays `needed` besides observations, actions and terminals, of these widths, and a
-    trajectory longer than `chunk`."""
-    widths = {"observations": observation_size, "actions": action_size, "terminals": None}
-    needed = (*widths, *needed)
+    writes: arrays of these `widths` ({key: columns, or None for a vector}; observations come
+    first) and a trajectory longer than `chunk`."""
     try:
         with np.load(path) as file:
-            missing = [key for key in needed if key not in file]
+            missing = [key for key in widths if key not in file]
             if missing:
                 raise MacError(f"{path}: has no array {missing[0]!r}")
             rows = None
-            for key in sorted(file, key=(*needed, *file).index):  # the others, to verify them
+            for key in sorted(file, key=(*widths, *file).index):  # the others, to verify them
                 try:
                     array = file[key]
                 except ValueError as error:  # an array of Python objects, or a broken header
                     raise MacError(f"{path}: {key} cannot be read: {error}") from error
                 rows = len(array) if rows is None and array.ndim else rows
-                wrong = key in needed and find_fault(key, array, rows, widths.get(key), chunk)
+                wrong = key in widths and find_fault(key, array, rows, widths[key], chunk)
                 if wrong:
                     raise MacError(f"{path}: {wrong}")
     except FileNotFoundError as error:
@@ -907,7 +918,7 @@ def find_fault(key, array, rows, width, chunk):
     """What is wrong with an array of a data file, or None."""
     if array.dtype.kind not in "fiub":
         return f"{key} holds {array.dtype}, not numbers"
-    if array.ndim != (1 if key == "terminals" else 2):
+    if array.ndim != (2 if width else 1):
         return f"{key} has shape {array.shape}"
     if len(array) != rows:
         return f"{key} has {len(array)} rows where observations has {rows}"
@@ -933,13 +944,17 @@ def load_data(config, path, env):
     """The checked file and its validation sibling as OGBench loads them (rewards relabelled,
     oracle goals added). -> two dicts of arrays"""
     ogbench, _ = import_ogbench()
-    paths = [path, pathlib.Path(str(path).replace(".npz", "-val.npz"))]
-    special = "singletask" in config.env or "oraclerep" in config.env
-    buttons = special and hasattr(env.unwrapped, "_cur_button_states")
-    extra = ("qpos",) * special + ("button_states",) * buttons
+    paths = [path, validation_file(path)]
+    base = env.unwrapped
+    observation_size, action_size = env_sizes(env)
+    widths = {"observations": observation_size, "actions": action_size, "terminals": None}
+    if "singletask" in config.env or "oraclerep" in config.env:  # made from the simulator's state
+        widths["qpos"] = base.model.nq
+        if hasattr(base, "_cur_button_states"):
+            widths["button_states"] = len(base._cur_button_states)
     check_memory(paths)
     for item in paths:
-        check_file(item, *env_sizes(env), config.chunk, extra)
+        check_file(item, widths, config.chunk)
     return ogbench.make_env_and_datasets(config.env, dataset_path=str(path), compact_dataset=True,
                                          dataset_only=True, cur_env=env)
 
@@ -1080,7 +1095,7 @@ def summarize(results):
 def atomic_write(path, keep=None):
     """A binary file that becomes `path` only when it is complete and on the disk; what was at
     `path` is first renamed to `keep`, if that is given."""
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).resolve()  # through a link: the link stays
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -1182,11 +1197,13 @@ class Log:
     def __init__(self, path, step):
         self.path, self.fields = path, None
         if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
+            lines = path.read_text(errors="replace").splitlines(keepends=True)
             kept = [line for line in lines[1:] if line.endswith("\n")
                     and line.split(",")[0].isdigit() and int(line.split(",")[0]) <= step]
             if lines and lines[0].endswith("\n"):
                 self.fields = lines[0].strip().split(",")
+                if self.fields[0] != "step":
+                    raise MacError(f"{path} is damaged: move it away, the run goes on without it")
             with atomic_write(path) as file:
                 file.write("".join(lines[:1] + kept if self.fields else []).encode())
 
@@ -1427,6 +1444,8 @@ class Run:
             if name.startswith("normalize") and not torch.equal(fitted, state["agent"][name]):
                 raise MacError(f"the data are not those that {self.folder} was trained on: check "
                                "--dataset-dir")
+        if state["step"] > self.config.steps:
+            raise MacError(f"--steps {self.config.steps}: {self.folder} is at step {state['step']}")
         self.step = self.saved = state["step"]
         self.agent.load_state_dict(state["agent"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -1557,7 +1576,8 @@ def train(config, folder, resume):
         if resume:
             run.restore()
         run.open_logs()
-        write_json(folder / "config.json", {**dataclasses.asdict(config), "data": agent.data_source})
+        settings = {**dataclasses.asdict(config), "data": agent.data_source}
+        write_json(folder / "config.json", settings)
         if run.step and run.evaluation_due() and not run.eval_log.has(run.step):
             run.evaluate()  # it was interrupted
         rate = run.optimizer.param_groups[0]["lr"]
@@ -1580,7 +1600,8 @@ def train(config, folder, resume):
         if config.small and not stop():
             run.final_table()
         if stop():
-            print(f"stopped at step {run.step}; the same command with --resume goes on")
+            rest = "goes on" if run.step < config.steps else "makes the table again"
+            print(f"stopped at step {run.step}; the same command with --resume {rest}")
             return 128 + stop.signal
     print(f"trained {run.step} steps; now: python eval.py {folder}")
     return 0
@@ -1603,8 +1624,8 @@ def preset(env, small):
         settings["actor_goals"] = (0.0, 0.0, 1.0, 0.0)
     if small:
         settings.update(SMALL)
-        if family not in ("cube", "scene", "puzzle"):
-            del settings["collect"]  # no scripted policy: only OGBench's file will do
+        if not is_scripted(env):
+            del settings["collect"]  # only OGBench's file will do
     return settings
 
 
@@ -1631,8 +1652,9 @@ class Parser(argparse.ArgumentParser):
         given, unknown = self.parse_known_args(argv)
         if unknown:
             flags = re.findall(r"--[\w-]+", self.format_usage())
-            near = difflib.get_close_matches(unknown[0], flags, 1, 0)
-            self.error(f"unknown argument {unknown[0]!r}; the nearest flag is {near[0]}")
+            near = difflib.get_close_matches(unknown[0], flags, 1)
+            self.error(f"unknown argument {unknown[0]!r}; " + (
+                f"the nearest flag is {near[0]}" if near else "--help lists the flags"))
         return given
 
     def error(self, message):
@@ -1643,7 +1665,7 @@ def number(kind, low, high=math.inf):
     """An argparse type: `kind` from `low` to `high`."""
     def convert(text):
         value = kind(text)
-        if not low <= value <= high:
+        if not (low <= value <= high and math.isfinite(value)):
             bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
             raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
         return value
@@ -1659,7 +1681,7 @@ def parse(argv):
         rules, kind = dict(field.metadata), type(field.default)
         low, high = rules.pop("low", None), rules.pop("high", math.inf)
         if kind is bool:
-            rules["action"] = "store_true"
+            rules["action"] = argparse.BooleanOptionalAction  # --no-... undoes a preset's
         elif kind is tuple:
             rules.update(type=float, nargs=len(field.default), metavar="P")
         elif "choices" not in rules:
@@ -1703,7 +1725,8 @@ def resumed(config, folder, given):
         saved = json.loads((folder / "config.json").read_text())
         old = Config(**{f.name: saved.get(f.name, f.default) for f in dataclasses.fields(Config)})
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise MacError(f"{folder / 'config.json'} cannot be read ({error!r})") from error
+        raise MacError(f"{folder / 'config.json'} cannot be read ({error}): put it back, or begin "
+                       "anew in another --save-dir") from error
     for name in given:
         before, now = getattr(old, name), getattr(config, name)
         if name in MAY_CHANGE:
@@ -1721,7 +1744,7 @@ def main(argv=None):
         if updates:
             print(json.dumps(benchmark(config, updates)))
             return 0
-        folder = pathlib.Path(config.save_dir or f"exp/{config.env}-seed{config.seed}")
+        folder = pathlib.Path(config.save_dir or f"exp/{config.env}-seed{config.seed}").expanduser()
         with lock(folder):
             exists = any(any(folder.glob(name)) for name in ("*.json", "*.csv", "checkpoint*.pt"))
             if exists and not resume:
@@ -1737,7 +1760,8 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
-        print("stopped before the first step", file=sys.stderr)
+        print("stopped before the first step; the same command goes on from what was collected",
+              file=sys.stderr)
         return 130
 
 

@@ -13,6 +13,7 @@ import os
 import pathlib
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -602,6 +603,9 @@ def test_settings_follow_the_environment():
     assert settings("puzzle-4x5-play-oraclerep-v0") == (256, 1024, 2 * 10 ** 6, 32, puzzle)
     assert settings("humanoidmaze-giant-navigate-oraclerep-v0")[-1] == maze
     assert settings("cube-double-play-v0", width=7)[0] == 7
+    given, _, _ = mac.parse(["--env", SINGLE, "--small", "--no-eval-flow", "--eval_episodes=3"])
+    small = mac.make_config(given)
+    assert (small.eval_flow, small.decay, small.eval_episodes) == (False, True, 3)
     fql = mac.make_config({"env": SINGLE, "policy": "fql"})
     assert (fql.candidates, fql.eval_candidates, fql.fql_alpha) == (1, 1, 1.0)
     fql = mac.make_config({"env": "cube-double-play-v0", "policy": "fql", "small": True})
@@ -869,6 +873,36 @@ def test_a_loss_that_is_not_finite_stops_with_status_3(data_dir, tmp_path, capsy
     assert (tmp_path / "checkpoint-previous.pt").read_bytes() == good
 
 
+def test_resume_refuses_fewer_steps_and_damaged_logs(trained, data_dir, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[SINGLE], folder)
+    command = ["--env", SINGLE, *TINY, "--dataset-dir", str(data_dir), "--save-dir", str(folder),
+               "--resume", "--steps"]
+    before = (folder / "config.json").read_bytes()
+    assert "--steps 3: " in failing(capsys, *command, "3")
+    assert (folder / "config.json").read_bytes() == before
+    (folder / "train.csv").write_bytes(b"\xff\xfe\n\n\x00,\n")
+    assert mac_eval.main([str(folder), "--plot", str(tmp_path / "x.png")]) == 2
+    assert "train.csv is damaged" in failing(capsys, *command, "6")
+    (folder / "train.csv").unlink()
+    assert mac.main([*command, "6"]) == 0
+
+
+def test_half_a_dataset_is_refused(tmp_path, capsys):
+    (tmp_path / "cube-single-play-v0.npz").write_bytes(b"mine")
+    error = failing(capsys, "--env", SINGLE, "--dataset-dir", str(tmp_path), "--save-dir",
+                    str(tmp_path / "run"))
+    assert "put the other beside it" in error
+    assert (tmp_path / "cube-single-play-v0.npz").read_bytes() == b"mine"
+
+
+def test_a_renderer_that_is_missing_is_one_line(tmp_path):
+    process = subprocess.run([sys.executable, HERE / "mac.py", "--env", SINGLE], cwd=tmp_path,
+                             env={**os.environ, "MUJOCO_GL": "foo"}, capture_output=True, text=True)
+    assert process.returncode == 2 and process.stderr.startswith("error: OGBench does not start")
+    assert process.stderr.count("\n") == 1
+
+
 def test_resume_refuses_other_data(trained, data_dir, tmp_path, capsys):
     for suffix in ("", "-val"):  # the validation episode in the place of the training one
         source = data_dir / "cube-single-play-v0-collected1-val.npz"
@@ -895,7 +929,8 @@ def test_a_run_folder_is_neither_overwritten_nor_shared(trained, data_dir, capsy
     (["--env", "zzz"], "did you mean cube-double-play-v0?"),
     (["--stepz", "3"], "unknown argument '--stepz'; the nearest flag is --steps"),
     (["--wdth=3"], "the nearest flag is --width"),
-    (["cube"], "unknown argument 'cube'"),
+    (["cube"], "unknown argument 'cube'; --help lists the flags"),
+    (["--learning-rate", "inf"], "--learning-rate: inf is not at least 0"),
     (["--steps", "0"], "--steps: 0 is not at least 1"),
     (["--steps", "x"], "invalid int value"),
     (["--batch-size", "0"], "--batch-size"),
@@ -972,6 +1007,7 @@ BAD_DATA = {
     "no rows": (lambda d: d.update({k: v[:0] for k, v in d.items()}), "terminals[-1] is not set"),
     "wrong observation": (replace("observations", lambda a: a[:, :-1]),
                           "observations has 27 columns; this environment's has 28"),
+    "wrong qpos": (replace("qpos", lambda a: a[:, :5]), "qpos has 5 columns"),
     "wrong action": (replace("actions", lambda a: a[:, :-1]), "actions has 4 columns"),
     "nan": (put("observations", (7, 3), np.nan), "observations[7, 3] is nan"),
     "inf": (put("actions", (9, 1), -np.inf), "actions[9, 1] is -inf"),
