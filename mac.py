@@ -665,7 +665,12 @@ def reset(env, task, seed):
     env.unwrapped.action_space.seed(seed)
     np.random.seed(seed)  # mazes draw the noise of a start from NumPy's global stream
     observation, info = env.reset(seed=seed, options={"task_id": task})
-    return observation, info.get("goal", np.zeros(0))
+    return observation, np.zeros(0) if is_fixed(env) else info["goal"]
+
+
+def is_fixed(env):
+    """Whether a reward fixes the environment's task: then it has no goal."""
+    return env.unwrapped._reward_task_id is not None
 
 
 # ---------------------------------------------------------------------------- data: collection
@@ -1008,14 +1013,12 @@ class Evaluator:
     """
 
     def __init__(self, env_id, environments=5):
-        self.env_id, self.goal_conditioned = env_id, "singletask" not in env_id
+        self.env_id = env_id
         self.envs = [make_env(env_id)]
         self.environments = environments
         base = self.envs[0].unwrapped
-        if self.goal_conditioned:
-            self.tasks = list(range(1, base.num_tasks + 1))
-        else:
-            self.tasks = [base._reward_task_id]
+        fixed = is_fixed(self.envs[0])
+        self.tasks = [base._reward_task_id] if fixed else list(range(1, base.num_tasks + 1))
 
     def play(self, agent, episodes, seed=0, execute=None, candidates=None,
              on_step=lambda episode: None, stop=lambda: False):
@@ -1038,9 +1041,8 @@ class Evaluator:
             while active and not stop():
                 idle = [episode for episode in active if not episode.plan]
                 if idle:
-                    goal = np.stack([e.goal for e in idle]) if self.goal_conditioned else None
-                    chunks = agent.act(np.stack([e.observation for e in idle]), goal, candidates,
-                                       generator)
+                    chunks = agent.act(np.stack([e.observation for e in idle]),
+                                       np.stack([e.goal for e in idle]), candidates, generator)
                     for episode, chunk in zip(idle, chunks):
                         episode.plan = list(chunk[:execute])
                 list(threads.map(Episode.step, active))
@@ -1343,7 +1345,7 @@ def benchmark(config, updates):
 
     env = make_env(config.env)
     observation, action = env_sizes(env)
-    goal = 0 if "singletask" in config.env else len(reset(env, 1, 0)[1])
+    goal = len(reset(env, 1, 0)[1])
     device = set_up_device(config.device)
     torch.manual_seed(config.seed)
     agent = Agent(observation, goal, action, config)

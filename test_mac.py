@@ -575,6 +575,10 @@ def test_load_gives_an_agent_for_other_programs(trained):
     many = agent.act(np.zeros((4, 28)), np.zeros((4, 3)))
     assert one.shape == (10, 5) and many.shape == (4, 10, 5) and one.dtype == np.float32
     assert np.abs(many).max() <= 1
+    env = mac.make_env(SINGLE)  # as the README has it
+    observation, goal = mac.reset(env, task=2, seed=0)
+    assert goal.shape == (0,)
+    assert mac.load(trained[SINGLE]).act(observation, goal).shape == (10, 5)
     with pytest.raises(ValueError, match="observation .* takes 28"):
         agent.act(np.zeros(27), np.zeros(3))
     with pytest.raises(ValueError, match="goal .* takes 3"):
