@@ -764,19 +764,21 @@ def test_fifty_kills(data_dir, uninterrupted, tmp_path):
                   uninterrupted[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_no_worker_outlives_a_collection(number, tmp_path):
+def test_no_worker_outlives_a_collection(tmp_path):
     """While the pipe that all of them hold is open, one of them is alive."""
-    process = spawn("--env", SINGLE, "--collect", "400", "--dataset-dir", str(tmp_path),
-                    "--save-dir", str(tmp_path / "run"))
-    text = ""
-    while "1/440" not in text:
-        text += process.stderr.read(1)
-    process.send_signal(number)
-    rest = process.communicate(timeout=30)[1]
-    assert process.returncode == (130 if number == signal.SIGINT else -number)
-    assert "Traceback" not in rest and not list(tmp_path.glob("*.npz"))
-    assert list(tmp_path.glob(".cube-single-v0-episodes/*.npz"))  # nothing lost
+    folders = {number: tmp_path / str(int(number)) for number in (signal.SIGINT, signal.SIGKILL)}
+    processes = {number: spawn("--env", SINGLE, "--collect", "400", "--dataset-dir", str(folder),
+                               "--save-dir", str(folder / "run"))
+                 for number, folder in folders.items()}
+    for number, process in processes.items():
+        text = ""
+        while "1/440" not in text:
+            text += process.stderr.read(1)
+        process.send_signal(number)
+        rest = process.communicate(timeout=30)[1]
+        assert process.returncode == (130 if number == signal.SIGINT else -number)
+        assert "Traceback" not in rest and not list(folders[number].glob("*.npz"))
+        assert list(folders[number].glob(".cube-single-v0-episodes/*.npz"))  # nothing lost
 
 
 def test_second_signal_quits_at_once():
