@@ -205,14 +205,13 @@ def read_csv(path):
 
 def plot_curves(args):
     """Success (eval.csv) and losses (train.csv) over gradient steps."""
-    runs = [pathlib.Path(run) for run in args.runs]
-    for run in runs:
-        if not read_csv(run / "train.csv"):
+    runs = {pathlib.Path(run): read_csv(pathlib.Path(run) / "train.csv") for run in args.runs}
+    for run, rows in runs.items():
+        if not rows:
             raise mac.MacError(f"{run / 'train.csv'} has nothing to plot")
     plt = pyplot()
     figure, (success, losses) = plt.subplots(1, 2, sharex=True, figsize=(9, 3.2))
-    for run, style in zip(runs, itertools.cycle(("-", "--", ":", "-."))):
-        rows = read_csv(run / "train.csv")
+    for (run, rows), style in zip(runs.items(), itertools.cycle(("-", "--", ":", "-."))):
         for color, name in enumerate(LOSSES):
             kept = [row for row in rows if row.get(name)]  # blank in the warmup
             losses.plot(*[[float(row[key]) for row in kept] for key in ("step", name)], style,
@@ -227,7 +226,7 @@ def plot_curves(args):
     for panel in (success, losses):
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=7)
-    save_plot(plt, args.plot or runs[0] / "curve.png")
+    save_plot(plt, args.plot or pathlib.Path(args.runs[0]) / "curve.png")
 
 
 def parse(argv):

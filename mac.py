@@ -790,10 +790,10 @@ def collect_parts(parts, path, name, episodes, workers, seed):
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
-    for suffix, group in files.items():
+    for target, group in zip((validation_file(path), path), files.values()):
         data = [read_arrays(file) for file in group]
         arrays = {key: np.concatenate([episode[key] for episode in data]) for key in data[0]}
-        with atomic_write(str(path).replace(".npz", f"{suffix}.npz")) as file:
+        with atomic_write(target) as file:
             np.savez_compressed(file, **arrays)
 
 
@@ -825,15 +825,16 @@ def find_data(config, obtain=True):
     official = folder / f"{name}.npz"
     validation = validation_file(official)
     if not config.collect:
-        if official.exists() != validation.exists():
-            raise MacError(f"{folder} holds one of {official.name} and {validation.name}: put the "
-                           "other beside it, or move it away")
+        there = [file.exists() for file in (official, validation)]
         try:
-            if obtain and not official.exists():
+            if obtain and not all(there):
                 download(name, folder)
             return official, f"OGBench's file {official.name}"
         except (*DAMAGE, http.client.HTTPException, MacError) as error:
             reason = f"the download of {name} failed: {error}"
+            if any(there):
+                raise MacError(f"{reason}; {folder} holds only one of {official.name} and "
+                               f"{validation.name}: put the other beside it") from error
             if not is_scripted(config.env):
                 raise MacError(f"{reason}; there is no scripted policy to collect it with: put "
                                f"{official.name} and {validation.name} into {folder}") from error
@@ -864,13 +865,15 @@ def download(name, folder):
             ogbench.download_datasets([name], temporary)
         finally:
             socket.setdefaulttimeout(timeout)
-        files = [pathlib.Path(temporary) / f"{name}{suffix}.npz" for suffix in ("-val", "")]
+        training = pathlib.Path(temporary) / f"{name}.npz"
+        files = (validation_file(training), training)
         for file in files:
             with zipfile.ZipFile(file) as archive:
                 if archive.testzip():
                     raise MacError(f"{file.name} arrived damaged")
-        for file in files:  # validation first: where the training file is, both are
-            os.replace(file, folder / file.name)
+        for file in files:
+            if not (folder / file.name).exists():  # what is there stays
+                os.replace(file, folder / file.name)
 
 
 def available_memory():
@@ -1703,15 +1706,15 @@ def make_config(given):
     env = given.get("env", Config.env)
     check_id(env)
     settings = {**preset(env, given.get("small", False)), **given}
-    for key in ("value_goals", "actor_goals"):
-        odds = settings[key] = tuple(settings.get(key, getattr(Config, key)))
-        if not (min(odds) >= 0 and abs(sum(odds) - 1) < 1e-6):
-            raise MacError(f"--{key.replace('_', '-')}: {odds} are not four odds that add up to 1")
     if settings.get("policy") == "fql":  # its one-step network is what climbs Q
         extract = {"candidates": 1, "eval_candidates": 1, "eval_flow": False,
                    "fql_alpha": 0.3 if "cube-double" in env else 1.0}  # Table 11
         settings.update({**extract, **given})
     config = Config(**settings)
+    for key in ("value_goals", "actor_goals"):
+        odds = getattr(config, key)
+        if not (min(odds) >= 0 and abs(sum(odds) - 1) < 1e-6):
+            raise MacError(f"--{key.replace('_', '-')}: {odds} are not four odds that add up to 1")
     if config.collect and not is_scripted(env):
         raise MacError(f"--collect: OGBench has no scripted policy for {env}; put the files of "
                        f"{split_id(env)[1]} into {config.dataset_dir} and leave --collect out")

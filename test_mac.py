@@ -894,14 +894,6 @@ def test_resume_refuses_fewer_steps_and_damaged_logs(trained, data_dir, tmp_path
     assert mac.main([*command, "6"]) == 0
 
 
-def test_half_a_dataset_is_refused(tmp_path, capsys):
-    (tmp_path / "cube-single-play-v0.npz").write_bytes(b"mine")
-    error = failing(capsys, "--env", SINGLE, "--dataset-dir", str(tmp_path), "--save-dir",
-                    str(tmp_path / "run"))
-    assert "put the other beside it" in error
-    assert (tmp_path / "cube-single-play-v0.npz").read_bytes() == b"mine"
-
-
 def test_a_renderer_that_is_missing_is_one_line(tmp_path):
     process = subprocess.run([sys.executable, HERE / "mac.py", "--env", SINGLE], cwd=tmp_path,
                              env={**os.environ, "MUJOCO_GL": "foo"}, capture_output=True, text=True)
@@ -1129,3 +1121,19 @@ def test_download_whole_cut_short_or_gone(cut, files, server, tmp_path, monkeypa
         assert there == [] and collected == ["cube-single-play-v0-collected1000.npz"]
         assert "the download of cube-single-play-v0 failed" in capsys.readouterr().out
         assert "1000 episodes collected" in source
+
+
+@pytest.mark.parametrize("suffix", ["", "-val"])
+def test_half_a_dataset_is_completed_or_refused_not_replaced(suffix, server, tmp_path, capsys):
+    both = ("", "-val") if suffix == "" else ("-val", "")
+    mine, other = (tmp_path / f"cube-single-play-v0{part}.npz" for part in both)
+    mine.write_bytes(b"mine")
+    server.files, server.cut = {}, None
+    error = failing(capsys, "--env", SINGLE, "--dataset-dir", str(tmp_path), "--save-dir",
+                    str(tmp_path / "run"))
+    assert "put the other beside it" in error
+    write_data(tmp_path, arrays())
+    data = (tmp_path / "data.npz").read_bytes()
+    server.files = {mine.name: data, other.name: data}
+    mac.find_data(mac.Config(env=SINGLE, dataset_dir=str(tmp_path)))
+    assert mine.read_bytes() == b"mine" and other.read_bytes() == data
