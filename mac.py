@@ -129,7 +129,7 @@ class Config:
                            low=0)
     save_dir: str = setting("", "run folder; default exp/<env>-seed<seed>")
     log_interval: int = setting(1000, "steps between rows of train.csv; 0: never", low=0)
-    eval_interval: int = setting(100_000, "steps between evaluations; 0: never", low=0)
+    eval_interval: int = setting(100_000, "steps between evaluations; 0: none at all", low=0)
     save_interval: int = setting(10_000, "steps between checkpoints; 0: only the last", low=0)
     eval_episodes: int = setting(15, "episodes per task in an evaluation", low=1)
 
@@ -1602,7 +1602,7 @@ def train(config, folder, resume):
                 bar.update()
         if run.step > run.saved:
             run.save(losses)
-        if config.small and not stop():
+        if config.small and config.eval_interval and not stop():
             run.final_table()
         if stop():
             rest = "goes on" if run.step < config.steps else "makes the table again"
@@ -1637,10 +1637,10 @@ def preset(env, small):
 # Found by measurement on two cores. The value function is learned in few steps, so it looks less
 # far ahead and its target moves faster; until the models are good, rollouts would be wasted; and
 # the distillation is still coarse at the end, so the flow itself proposes at test time.
-SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 32, "candidates": 4,
-         "eval_candidates": 16, "flow_steps": 5, "eval_flow": True, "discount": 0.99,
-         "ema_rate": 0.02, "learning_rate": 1e-3, "decay": True, "steps": 14_000, "warmup": 0.57,
-         "collect": 200, "execute": 10, "log_interval": 250, "eval_interval": 2000,
+SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5, "candidates": 4,
+         "eval_candidates": 16, "flow_steps": 3, "eval_flow": True, "discount": 0.99,
+         "ema_rate": 0.02, "learning_rate": 1e-3, "decay": True, "steps": 16_000, "warmup": 0.5,
+         "collect": 100, "execute": 10, "log_interval": 250, "eval_interval": 2000,
          "eval_episodes": 20, "save_interval": 2000}
 # What --resume may change: nothing that the parameters depend on at a given step, but for `steps`,
 # which sets the length of a warmup and a decay.
