@@ -13,8 +13,8 @@ import csv
 import itertools
 import os
 import pathlib
+import statistics
 import sys
-import time
 
 import numpy as np
 import torch
@@ -37,7 +37,8 @@ PAPER = {
 }
 
 
-LOSSES = ("flow", "distill", "dynamics", "reward", "success", "likelihood", "value", "critic")
+# What the learning curve shows on its logarithmic axis.
+LOSSES = ("flow", "distill", "dynamics", "reward", "success", "value", "critic")
 
 
 def paper_numbers(env_id, tasks):
@@ -73,9 +74,11 @@ def evaluate(run, args):
     results = evaluator.play(agent, episodes, args.seed, execute, candidates,
                              record if args.video else lambda episode: None)
     table = mac.summarize(results)
-    paper = paper_numbers(config.env, evaluator.tasks)
+    paper = paper_numbers(config.env, evaluator.tasks) if config.policy == "flow" else {}
     print(f"{run}: {config.env}, step {agent.step}, trained on {agent.data_source}")
-    print(f"best of {candidates}, {execute} of the {config.chunk} actions of each chunk executed, "
+    proposals = f"{config.policy} policy" + " without distillation" * config.eval_flow
+    print(f"{proposals}, best of {candidates}, {execute} of the {config.chunk} actions of each "
+          f"chunk executed, "
           f"seed {args.seed}; {latency(agent, candidates):.1f} ms per decision for one observation"
           f" on {agent.normalize_observation.middle.device.type}")
     print(f"{'':8} {'success':>12} {'episodes':>9} {'return':>9} {'length':>7}   paper "
@@ -91,14 +94,12 @@ def evaluate(run, args):
             "candidates": candidates, "tasks": table, "overall": overall}
 
 
-def latency(agent, candidates, calls=20):
+def latency(agent, candidates):
     """Median milliseconds to choose a chunk for a single observation."""
-    times = []
-    for _ in range(calls):
-        start = time.perf_counter()
+    def act():
         agent.act(np.zeros(agent.sizes[0]), np.zeros(agent.sizes[1]), candidates)
-        times.append(time.perf_counter() - start)
-    return 1e3 * sorted(times)[calls // 2]
+
+    return 1e3 * statistics.median(mac.timed(act, 20, agent.normalize_observation.middle.device))
 
 
 # ------------------------------------------------------------------------------ model error
@@ -255,11 +256,12 @@ def parse(argv):
 def check(args):
     """Refuse, before any work, what would be ignored or could not be written."""
     name = "--model-error" if args.model_error else "--plot" if args.plot is not None else None
-    for flag, output in (("--json", args.json), ("--video", args.video)):
-        if output and name:
-            raise mac.MacError(f"{flag} does not go with {name}: run eval.py twice")
-        if output and len(args.runs) > 1:
-            raise mac.MacError(f"{flag} takes a single run")
+    for flag in ("json", "video", "episodes", "execute", "candidates"):
+        if getattr(args, flag) and name:
+            raise mac.MacError(f"--{flag} does not go with {name}: run eval.py twice")
+    for flag in ("json", "video"):
+        if getattr(args, flag) and len(args.runs) > 1:
+            raise mac.MacError(f"--{flag} takes a single run")
     if args.video and not args.video.endswith(".gif"):
         raise mac.MacError(f"--video {args.video}: the name must end in .gif")
     for output in filter(None, (args.json, args.video, args.plot)):

@@ -117,8 +117,8 @@ class Config:
     batch_size: int = setting(256, "chunks per gradient step; goal-conditioned 1024", low=1)
     rollout_batch_size: int = setting(0, "rollouts per step; 0: from the whole batch", low=0)
     learning_rate: float = setting(3e-4, "Adam's step size", low=0)
-    warmup: float = setting(0.0, "share of the steps, the first, that train models and policy "
-                            "alone, without rollouts", low=0, high=0.99)
+    warmup: float = setting(0.0, "share of the steps, at the beginning, that train models and "
+                            "policy alone, without rollouts", low=0, high=0.99)
     decay: bool = setting(False, "after the warmup, let the learning rate fall linearly to zero")
     ema_rate: float = setting(0.005, "target V moves this much per step", low=0, high=1)
     precision: str = setting("float32", "of proposals and their scores, which need no gradient",
@@ -300,8 +300,9 @@ class SuccessModel(ScalarMLP):
 # ---------------------------------------------------------------------------- policies
 # Each has the same two methods. `loss` gives the update a dictionary of losses; `rollout` is None
 # in the warmup, and only FQL looks at it and at the critic. `propose` gives the best-of-N a chunk
-# (..., D) in [-1, 1] for each row of observation (..., O) and goal (..., G). A velocity is called
-# with observation, goal, x (..., D) and t (..., 1).
+# (..., D) in [-1, 1] for each row of observation (..., O) and goal (..., G); `exact` matters only
+# where there is a distillation to bypass. A velocity is called with observation, goal, x (..., D)
+# and t (..., 1).
 
 
 def flow_matching_loss(velocity, x_1, observation, goal, generator):
@@ -358,7 +359,8 @@ class FlowPolicy(nn.Module):
 
 
 class OneStepPolicy(FlowPolicy):
-    """Ablation (Table 15): flow matching alone, followed in a single Euler step."""
+    """Ablation (Table 15): flow matching alone, followed in a single Euler step. The paper says no
+    more than that its one-step policy is trained by the flow matching loss."""
 
     def __init__(self, *sizes_and_config):
         super().__init__(*sizes_and_config)
@@ -374,7 +376,8 @@ class OneStepPolicy(FlowPolicy):
 
 
 class GaussianPolicy(nn.Module):
-    """Ablation (Table 3, "Gau"): a = tanh(x), x ~ N(mu(s), sigma(s)^2), maximum likelihood."""
+    """Ablation (Table 3, "Gau"): a = tanh(x), x ~ N(mu(s), sigma(s)^2), maximum likelihood; the
+    paper does not say which Gaussian it took."""
 
     def __init__(self, observation_size, goal_size, chunk_size, config):
         super().__init__()
@@ -403,8 +406,8 @@ class GaussianPolicy(nn.Module):
 
 
 class FQLPolicy(FlowPolicy):
-    """Ablation (Table 3, "FQL"): the one-step network also climbs Q by gradient. Used with one
-    candidate, that is, without rejection sampling."""
+    """Ablation (Table 3, "FQL"): the one-step network also climbs Q by gradient, at the imagined
+    states and with their goals. `make_config` gives it one candidate: no rejection sampling."""
 
     def loss(self, batch, rollout, critic, generator):
         losses = super().loss(batch, rollout, critic, generator)
@@ -413,8 +416,10 @@ class FQLPolicy(FlowPolicy):
             return losses
         states = rollout.observations[:-1]  # (H, B, O)
         chunk = self.propose(states, rollout.goals, generator)  # (H, B, D)
+        # Q's gradient is to reach the chunk, not Q itself.
         frozen = {name: p.detach() for name, p in critic.named_parameters()}
         q = torch.func.functional_call(critic, frozen, (states, chunk, rollout.goals))  # (H, B)
+        # Over its own scale: alpha then weighs the same for any task's values.
         return {**losses, "extract": -q.mean() / q.abs().mean().detach()}
 
 
@@ -1522,7 +1527,8 @@ class Run:
         overall = table["overall"]
         self.status["success"] = f"{overall['success']:.0%}"
         tqdm.write(f"step {self.step}: success {overall['success']:.0%} ± {overall['stderr']:.0%} "
-                   f"({overall['episodes']} episodes, {describe(self.config)})")
+                   f"({overall['episodes']} episodes, {self.config.execute} of each chunk executed, "
+                   f"N = {self.config.eval_candidates})")
 
     def save(self, losses):
         self.check_finite(losses)
@@ -1538,8 +1544,8 @@ class Run:
         each = max(1, episodes // len(self.evaluator.tasks))
         name = "MAC" if self.config.policy == "flow" else self.config.policy
         for candidates, label in ((self.config.eval_candidates, name), (1, "cloning")):
-            if label == "cloning" and self.config.eval_candidates == 1:
-                return  # it is the row above
+            if label == "cloning" and (self.config.eval_candidates == 1 or name == "fql"):
+                return  # it is the row above, or not cloning
             for execute in (self.config.chunk, 1):
                 results = self.evaluator.play(self.agent, each, 1 + self.config.seed, execute,
                                               candidates, stop=self.stop)
@@ -1549,10 +1555,6 @@ class Run:
                 print(f"{label:8} N = {candidates:2}, {execute:2} of each chunk executed: "
                       f"success {row['success']:4.0%} ± {row['stderr']:3.0%} "
                       f"({row['episodes']} episodes)", flush=True)
-
-
-def describe(config):
-    return f"{config.execute} of each chunk executed, N = {config.eval_candidates}"
 
 
 def prepare(config, device, env):
@@ -1706,10 +1708,16 @@ def make_config(given):
     env = given.get("env", Config.env)
     check_id(env)
     settings = {**preset(env, given.get("small", False)), **given}
-    if settings.get("policy") == "fql":  # its one-step network is what climbs Q
+    policy = settings.get("policy", Config.policy)
+    if policy == "fql":  # its one-step network is what climbs Q
         extract = {"candidates": 1, "eval_candidates": 1, "eval_flow": False,
                    "fql_alpha": 0.3 if "cube-double" in env else 1.0}  # Table 11
         settings.update({**extract, **given})
+    for name, readers in (("fql_alpha", ("fql",)), ("eval_flow", ("flow", "fql")),
+                          ("flow_steps", ("flow", "fql"))):
+        if policy not in readers and settings.pop(name, None) is not None and name in given:
+            raise MacError(f"--{name.replace('_', '-')}: --policy {policy} does not use it; leave "
+                           "it out")
     config = Config(**settings)
     for key in ("value_goals", "actor_goals"):
         odds = getattr(config, key)

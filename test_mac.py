@@ -181,14 +181,17 @@ def test_flow_matching_target_and_path():
 def toy_batch(chunk, goal_width=0, observation_width=1):
     rows = len(chunk)
     observation, goal = torch.zeros(rows, observation_width), torch.zeros(rows, goal_width)
-    zeros = torch.zeros(rows)
-    return mac.Batch(observation, chunk, zeros, observation, zeros, goal, goal)
+    zeros = torch.zeros(rows)  # the value goal is not the policy's affair
+    return mac.Batch(observation, chunk, zeros, observation, zeros, goal + math.nan, goal)
 
 
 @pytest.mark.parametrize("kind", ["flow", "gaussian"])
 def test_flow_keeps_two_modes_and_a_gaussian_does_not(kind):
     torch.manual_seed(0)
     policy = mac.POLICIES[kind](1, 0, 1, config(width=32, flow_steps=10))
+    if kind == "gaussian":  # from far off, but not so far that Adam remembers it for 1000 steps
+        torch.nn.init.zeros_(policy.network.output.weight)
+        torch.nn.init.constant_(policy.network.output.bias, 0.5)
     optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
     noise = generator()
     for _ in range(500):
@@ -203,8 +206,10 @@ def test_flow_keeps_two_modes_and_a_gaussian_does_not(kind):
     between = (abs(sample) < 0.3).float().mean()
     if kind == "flow":
         assert min(near) > 0.35 and between < 0.1
-    else:
-        assert between > 0.2
+    else:  # one mode, with the moments of atanh of the data: 0 and about atanh(0.6) = 0.69
+        x = torch.atanh(sample.clamp(-0.9999, 0.9999))
+        assert abs(x.mean()) < 0.1 and 0.6 < x.std() < 0.8
+        assert (near[0] - near[1]).abs() < 0.1 and between > 0.15
 
 
 def test_distillation_fits_the_clipped_teacher_and_gives_it_no_gradient():
@@ -240,6 +245,7 @@ def test_best_of_n_is_the_arg_max():
     for b in range(5):
         scores = [agent.critic(observation[b], proposals[b, i], goal[b]).item() for i in range(7)]
         assert torch.equal(chosen[b], proposals[b, int(np.argmax(scores))])
+        assert len(proposals[b].unique(dim=0)) == 7  # each candidate has a noise of its own
     assert proposals.abs().max() <= 1
 
 
@@ -404,6 +410,9 @@ def test_gaussian_log_likelihood():
         torch.distributions.Normal(mean, log_std.exp()),
         torch.distributions.TanhTransform()).log_prob(chunk).sum(-1)
     assert torch.allclose(policy.log_likelihood(chunk, observation, goal), reference, atol=1e-3)
+    batch = toy_batch(chunk, 1, 2)._replace(observation=observation, actor_goal=goal)
+    loss = policy.loss(batch, None, None, None)
+    assert torch.allclose(loss["likelihood"], -reference.mean() / 4, atol=1e-4)  # per coordinate
 
 
 def test_onestep_is_the_flow_policy_with_one_euler_step():
@@ -413,7 +422,12 @@ def test_onestep_is_the_flow_policy_with_one_euler_step():
     z = torch.randn(9, 4, generator=generator(3))
     expected = mac.euler(flow.velocity, z, observation, goal, 1).clamp(-1, 1)
     assert torch.equal(one.propose(observation, goal, generator(3)), expected)
-    assert set(one.loss(toy_batch(torch.rand(3, 4), 1, 2), None, None, generator())) == {"flow"}
+    assert torch.equal(one.propose(observation, goal, generator(3), exact=True), expected)
+    batch = toy_batch(torch.rand(3, 4), 1, 2)
+    loss = one.loss(batch, None, None, generator(4))
+    assert set(loss) == {"flow"}
+    assert torch.equal(loss["flow"], mac.flow_matching_loss(
+        flow.velocity, batch.chunk, batch.observation, batch.actor_goal, generator(4)))
 
 
 def test_fql_gradient_reaches_the_one_step_policy_only():
@@ -430,8 +444,25 @@ def test_fql_gradient_reaches_the_one_step_policy_only():
     assert touched == {"policy.one_step"}
     # minus the mean of Q over the mean of |Q|: +1 where every Q is negative, -1 where positive
     agent.critic.output.bias.data.fill_(-100)
+    agent.zero_grad()
     extract = agent.policy.loss(batch, rollout, agent.critic, generator(7))["extract"]
     assert np.isclose(extract.item(), 1)
+    # the divisor is held fixed: the gradient is that of minus the mean Q, over a number, where
+    # with a divisor that moved too it would vanish, as every Q is negative
+    extract.backward()
+    gradient = agent.policy.one_step.output.bias.grad.clone()
+    agent.zero_grad()
+    noise = generator(7)
+    for shape in ((16, 6), (16, 6)):  # what distillation and flow matching draw first
+        torch.randn(shape, generator=noise)
+    torch.rand(16, 1, generator=noise)
+    z = torch.randn(4, 16, 6, generator=noise)
+    states, goals = rollout.observations[:-1], rollout.goals
+    chunk = agent.policy.one_step(states, goals, z).clamp(-1, 1)
+    q = agent.critic(states, chunk, goals)
+    (-q.mean() / q.abs().mean().item()).backward()
+    assert gradient.abs().max() > 0
+    assert torch.allclose(gradient, agent.policy.one_step.output.bias.grad, rtol=1e-4)
 
 
 @pytest.mark.parametrize("policy", list(mac.POLICIES))
@@ -945,6 +976,8 @@ def test_a_run_folder_is_neither_overwritten_nor_shared(trained, data_dir, capsy
     (["--env", "antmaze-large-navigate-v0", "--collect", "3"], "no scripted policy"),
     (["--resume", "--steps"], "expected one argument"),
     (["--execute", "11"], "--execute: chunks have 10 actions, not 11"),
+    (["--fql-alpha", "1"], "--fql-alpha: --policy flow does not use it"),
+    (["--policy", "gaussian", "--flow-steps", "3"], "--policy gaussian does not use it"),
 ])
 def test_bad_input_is_one_line_and_status_2(command, message, data_dir, tmp_path, capsys):
     if "cuda" in command and torch.cuda.is_available():
@@ -962,6 +995,7 @@ def test_bad_input_is_one_line_and_status_2(command, message, data_dir, tmp_path
     (["nowhere", "--jsn", "x"], "the nearest flag is --json"),
     (["nowhere", "--json", "no/x.json"], "cannot write no/x.json"),
     (["nowhere", "--json", "x.json", "--plot"], "--json does not go with --plot"),
+    (["nowhere", "--candidates", "1", "--model-error"], "--candidates does not go with"),
     (["nowhere", "there", "--video", "x.gif"], "--video takes a single run"),
     (["nowhere", "--video", "x.mp4"], "must end in .gif"),
 ])
