@@ -589,6 +589,20 @@ def test_model_error_against_a_plain_loop(trained, data_dir):
     assert np.allclose([e for _, e in curve], errors, rtol=1e-4)
 
 
+@pytest.mark.parametrize("n, steps, expected", [
+    (1, 6, [0, 1, 4, 9, 16, 25, 36]), (3, 6, [0, 9, 36]), (4, 7, [0, 16])])
+def test_model_error_stays_within_trajectories(n, steps, expected):
+    data = hand_made((9, 3, 14), chunk=n)
+    data.observations = data.observations + 1000 * data.last[:, None]  # a crossing would show
+    agent = mac.Agent(1, 0, 2, config(chunk=n))
+    agent.next_observation = lambda state, chunk: state  # so the error is the steps squared
+    curve = mac_eval.model_error(agent, data, steps)
+    assert [step for step, _ in curve] == list(range(0, steps + 1, n))
+    assert np.allclose([error for _, error in curve], expected)
+    with pytest.raises(mac.MacError, match="needs at least one chunk"):
+        mac_eval.model_error(agent, data, 16)
+
+
 def test_pictures(trained, data_dir, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     run = str(trained[SINGLE])
