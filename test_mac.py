@@ -553,6 +553,27 @@ def test_command_line_from_training_to_evaluation(trained, capsys, tmp_path, mon
             assert "100±0" in printed  # the paper's number
 
 
+@pytest.mark.parametrize("policy, chunk", [("onestep", 25), ("gaussian", 1), ("fql", 10)])
+def test_every_policy_from_the_command_line(policy, chunk, data_dir, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(mac.Evaluator.__init__, "__defaults__", (1,))
+    run = tmp_path / "run"
+    assert mac.main(["--env", SINGLE, *TINY, "--policy", policy, "--chunk", str(chunk), "--steps",
+                     "4", "--warmup", "0.5", "--log-interval", "2", "--eval-interval", "0",
+                     "--dataset-dir", str(data_dir), "--save-dir", str(run)]) == 0
+    with open(run / "train.csv") as file:
+        warmup, joint = csv.DictReader(file)
+    own = {"onestep": "flow", "gaussian": "likelihood", "fql": "extract"}[policy]
+    assert joint[own] and joint["critic"] and not warmup["critic"]
+    assert bool(warmup[own]) == (policy != "fql")  # there is no Q to climb yet
+    assert mac_eval.main([str(run), "--episodes", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{policy} policy, best of {1 if policy == 'fql' else 32}" in printed
+    assert "100±0" not in printed  # the paper's number is MAC's
+    assert mac_eval.main([str(run), "--model-error", "--model-error-steps", "50"]) == 0
+    with open(run / "model_error.csv") as file:
+        assert [int(row["steps"]) for row in csv.DictReader(file)] == list(range(0, 51, chunk))
+
+
 def test_evaluation_is_repeatable_and_leaves_training_noise_alone(trained):
     agent = mac.load(trained["cube-single-play-v0"])
     evaluator = mac.Evaluator("cube-single-play-v0", environments=2)
@@ -659,6 +680,8 @@ def test_settings_follow_the_environment():
     assert (fql.candidates, fql.eval_candidates, fql.fql_alpha) == (1, 1, 1.0)
     fql = mac.make_config({"env": "cube-double-play-v0", "policy": "fql", "small": True})
     assert (fql.eval_candidates, fql.eval_flow, fql.fql_alpha) == (1, False, 0.3)
+    gaussian = mac.make_config({"env": SINGLE, "policy": "gaussian", "small": True})
+    assert not gaussian.eval_flow  # what a policy does not read is not recorded as if it did
 
 
 # ------------------------------------------------------------------------------ speed
