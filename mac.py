@@ -121,7 +121,8 @@ class Config:
                             "policy alone, without rollouts", low=0, high=0.99)
     decay: bool = setting(False, "after the warmup, let the learning rate fall linearly to zero")
     ema_rate: float = setting(0.005, "target V moves this much per step", low=0, high=1)
-    precision: str = setting("float32", "of proposals and their scores, which need no gradient",
+    precision: str = setting("float32", "of proposals and their scores, which need no gradient; "
+                             "bfloat16 is quicker only on hardware that has it",
                              choices=("float32", "bfloat16"))
     # data, logs, files
     dataset_dir: str = setting("~/.ogbench/data", "folder of the .npz files")
