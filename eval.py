@@ -78,9 +78,8 @@ def evaluate(run, args):
     print(f"{run}: {config.env}, step {agent.step}, trained on {agent.data_source}")
     proposals = f"{config.policy} policy" + " without distillation" * config.eval_flow
     print(f"{proposals}, best of {candidates}, {execute} of the {config.chunk} actions of each "
-          f"chunk executed, "
-          f"seed {args.seed}; {latency(agent, candidates):.1f} ms per decision for one observation"
-          f" on {agent.normalize_observation.middle.device.type}")
+          f"chunk executed, seed {args.seed}; {latency(agent, candidates):.1f} ms per decision "
+          f"for one observation on {agent.normalize_observation.middle.device.type}")
     print(f"{'':8} {'success':>12} {'episodes':>9} {'return':>9} {'length':>7}   paper "
           "(N = 32, 1 action)")
     for name, row in table.items():

@@ -1528,8 +1528,8 @@ class Run:
         overall = table["overall"]
         self.status["success"] = f"{overall['success']:.0%}"
         tqdm.write(f"step {self.step}: success {overall['success']:.0%} ± {overall['stderr']:.0%} "
-                   f"({overall['episodes']} episodes, {self.config.execute} of each chunk executed, "
-                   f"N = {self.config.eval_candidates})")
+                   f"({overall['episodes']} episodes, {self.config.execute} of each chunk "
+                   f"executed, N = {self.config.eval_candidates})")
 
     def save(self, losses):
         self.check_finite(losses)
