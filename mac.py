@@ -1716,9 +1716,11 @@ def make_config(given):
         settings.update({**extract, **given})
     for name, readers in (("fql_alpha", ("fql",)), ("eval_flow", ("flow", "fql")),
                           ("flow_steps", ("flow", "fql"))):
-        if policy not in readers and settings.pop(name, None) is not None and name in given:
-            raise MacError(f"--{name.replace('_', '-')}: --policy {policy} does not use it; leave "
-                           "it out")
+        if policy not in readers:
+            if name in given:
+                raise MacError(f"--{name.replace('_', '-')}: --policy {policy} does not use it; "
+                               "leave it out")
+            settings.pop(name, None)  # a preset's
     config = Config(**settings)
     for key in ("value_goals", "actor_goals"):
         odds = getattr(config, key)
