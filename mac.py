@@ -121,7 +121,7 @@ class Config:
                             "policy alone, without rollouts", low=0, high=0.99)
     decay: bool = setting(False, "after the warmup, let the learning rate fall linearly to zero")
     ema_rate: float = setting(0.005, "target V moves this much per step", low=0, high=1)
-    precision: str = setting("float32", "of proposals and their scores, which need no gradient; "
+    precision: str = setting("float32", "of proposals, their scores and imagined rewards; "
                              "bfloat16 is quicker only on hardware that has it",
                              choices=("float32", "bfloat16"))
     # data, logs, files
@@ -494,7 +494,9 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def imagine(self, observation, goal, generator):
-        """Eq. 9: H chunks in the model from every observation (B, O) at once. -> Rollout"""
+        """Eq. 9: H chunks in the model from every observation (B, O) at once. -> Rollout
+
+        The dynamics keep full precision: their errors add up along a rollout."""
         observations, chunks = [observation], []
         for _ in range(self.config.horizon):
             with low_precision(self.config, observation):
@@ -504,7 +506,8 @@ class Agent(nn.Module):
             chunks.append(chunk)
         observations, chunks = torch.stack(observations), torch.stack(chunks)
         goals = goal.expand(len(chunks), *goal.shape)  # (H, B, G)
-        rewards, masks = self.outcome.predict(observations[:-1], chunks, goals)  # (H, B)
+        with low_precision(self.config, observation):
+            rewards, masks = self.outcome.predict(observations[:-1], chunks, goals)  # (H, B)
         return Rollout(observations, chunks, rewards, masks, goals)
 
     def model_losses(self, batch):

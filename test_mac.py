@@ -383,18 +383,24 @@ def test_rollout_batch_size_limits_the_rollouts_only():
     assert seen == [(5, 4)]
 
 
-def test_bfloat16_changes_proposals_and_scores_only_a_little():
-    full, low = make_agent(width=64), make_agent(width=64, precision="bfloat16")
-    batch = chunk_data().sample(64, generator())
+def test_bfloat16_changes_proposals_scores_and_rewards_only_a_little():
+    full, low = make_agent(0, width=64), make_agent(0, width=64, precision="bfloat16")
+    batch = chunk_data(0).sample(64, generator())
     a, b = (agent.losses(batch, generator())[0] for agent in (full, low))
     assert a["dynamics"] == b["dynamics"] and a["flow"] == b["flow"]
     assert all(value.dtype == torch.float32 for value in b.values())
     assert a["distill"] != b["distill"] and torch.allclose(a["distill"], b["distill"], rtol=0.05)
-    states = low.imagine(batch.observation, batch.value_goal, generator()).observations
-    assert states.dtype == torch.float32
+    rollout = low.imagine(batch.observation, batch.value_goal, generator())
+    states, chunks = rollout.observations[:-1], rollout.chunks
+    with torch.no_grad():
+        assert torch.equal(rollout.observations[1], low.next_observation(states[0], chunks[0]))
+        rewards, _ = low.outcome.predict(states, chunks, rollout.goals)
+    assert rollout.rewards.dtype == torch.float32
+    assert not torch.equal(rollout.rewards, rewards)
+    assert torch.allclose(rollout.rewards, rewards, atol=0.05)
     low.critic.output.bias.data.fill_(-100)  # where bfloat16 knows only -100, -100.5, ...
     with mac.low_precision(low.config, states), torch.no_grad():
-        q = low.critic(batch.observation, batch.chunk, batch.value_goal)
+        q = low.critic(states, chunks, rollout.goals)
     assert len(q.unique()) > 40  # and not about a dozen
 
 
