@@ -7,7 +7,6 @@ the dataset).
     python eval.py exp/<run> --plot                           # learning curve, from the CSV files
     python eval.py exp/<run1> exp/<run2> --model-error --plot # Figures 2 and 8 of the paper
 """
-import argparse
 import collections
 import csv
 import itertools
@@ -54,7 +53,7 @@ def paper_numbers(env_id, tasks):
 
 def evaluate(run, args):
     """Play episodes, print the table. -> the dictionary that --json writes"""
-    agent = mac.load(run, mac.set_up_device(args.device))
+    agent = mac.load(run, mac.set_up_device(args.device or "auto"))
     config = agent.config
     execute = args.execute or config.execute
     if execute > config.chunk:
@@ -71,14 +70,15 @@ def evaluate(run, args):
     if args.video:
         evaluator.envs[0].reset()
         render(evaluator.envs[0])  # an error now rather than after the first chunk
-    results = evaluator.play(agent, episodes, args.seed, execute, candidates,
+    seed = args.seed or 0
+    results = evaluator.play(agent, episodes, seed, execute, candidates,
                              record if args.video else lambda episode: None)
     table = mac.summarize(results)
     paper = paper_numbers(config.env, evaluator.tasks) if config.policy == "flow" else {}
     print(f"{run}: {config.env}, step {agent.step}, trained on {agent.data_source}")
     proposals = f"{config.policy} policy" + " without distillation" * config.eval_flow
     print(f"{proposals}, best of {candidates}, {execute} of the {config.chunk} actions of each "
-          f"chunk executed, seed {args.seed}; {latency(agent, candidates):.1f} ms per decision "
+          f"chunk executed, seed {seed}; {latency(agent, candidates):.1f} ms per decision "
           f"for one observation on {agent.normalize_observation.middle.device.type}")
     print(f"{'':8} {'success':>12} {'episodes':>9} {'return':>9} {'length':>7}   paper "
           "(N = 32, 1 action)")
@@ -142,7 +142,7 @@ def compare_model_errors(args):
         _, validation = mac.load_data(config, path, mac.make_env(config.env))
         dataset = mac.make_dataset(agent, mac.to_tensors(validation, config.env),
                                    torch.device("cpu"))
-        curve = model_error(agent, dataset, args.model_error_steps)
+        curve = model_error(agent, dataset, args.model_error_steps or 100)
         label = f"n = {config.chunk}, {run}" if len(args.runs) > 1 else f"n = {config.chunk}"
         curves[label] = curve
         with mac.atomic_write(pathlib.Path(run) / "model_error.csv") as file:
@@ -238,16 +238,17 @@ def parse(argv):
                         "the run's setting")
     parser.add_argument("--candidates", type=positive, help="N; 1 is the cloned behaviour; default "
                         "the run's setting")
-    parser.add_argument("--seed", type=mac.number(int, 0), default=0, help="of the episodes")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"),
-                        help="where to run the networks")
+    parser.add_argument("--seed", type=mac.number(int, 0), help="of the episodes (default: 0)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"),
+                        help="where to run the networks (default: auto)")
     parser.add_argument("--video", metavar="OUT.gif", help="the first episode of each task")
     parser.add_argument("--json", metavar="OUT.json", help="write the numbers of one run")
     parser.add_argument("--plot", nargs="?", const="", metavar="OUT.png",
                         help="draw the learning curve, or with --model-error the errors; "
                         "default: into the (first) run folder")
     parser.add_argument("--model-error", action="store_true", help="of the dynamics model")
-    parser.add_argument("--model-error-steps", type=positive, default=100, metavar="STEPS")
+    parser.add_argument("--model-error-steps", type=positive, metavar="STEPS",
+                        help="how far to replay (default: 100)")
     parser.add_argument("--dataset-dir", help="for --model-error, if it has moved")
     return parser.parse_args(argv)
 
@@ -255,9 +256,12 @@ def parse(argv):
 def check(args):
     """Refuse, before any work, what would be ignored or could not be written."""
     name = "--model-error" if args.model_error else "--plot" if args.plot is not None else None
-    for flag in ("json", "video", "episodes", "execute", "candidates"):
-        if getattr(args, flag) and name:
+    for flag in ("json", "video", "episodes", "execute", "candidates", "seed", "device"):
+        if name and getattr(args, flag) is not None:
             raise mac.MacError(f"--{flag} does not go with {name}: run eval.py twice")
+    for flag in ("model_error_steps", "dataset_dir"):
+        if not args.model_error and getattr(args, flag) is not None:
+            raise mac.MacError(f"--{flag.replace('_', '-')} is for --model-error")
     for flag in ("json", "video"):
         if getattr(args, flag) and len(args.runs) > 1:
             raise mac.MacError(f"--{flag} takes a single run")

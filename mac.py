@@ -19,8 +19,8 @@ A action, G goal (0 where the task is fixed), D = n A the flattened chunk; T dat
 Where this file follows the authors' published code rather than the paper's text:
     - the noised chunk is (1-u) z + u a: Eq. 7 has the two swapped, its own text does not;
     - the dynamics network predicts the change of state;
-    - chunk rewards are the *mean* of the n discounted rewards, not the sum: V and Q are 1/n
-      of the paper's and the arg max is the same (`--chunk-reward sum` for the paper's form);
+    - in reward-based tasks a chunk's reward is the *mean* of its n discounted rewards, not the
+      sum: V and Q are 1/n of the paper's, the arg max is the same (`--chunk-reward sum`);
     - losses are means over coordinates, where the paper writes sums;
     - at test time only the first action of a chunk is executed (`--execute`).
 Where it differs from that code: a chunk may start anywhere that leaves n actions and a state
@@ -377,8 +377,8 @@ class OneStepPolicy(FlowPolicy):
 
 
 class GaussianPolicy(nn.Module):
-    """Ablation (Table 3, "Gau"): a = tanh(x), x ~ N(mu(s), sigma(s)^2), maximum likelihood; the
-    paper does not say which Gaussian it took."""
+    """Ablation (Table 3, "Gau"): a = tanh(x), x ~ N(mu(s), sigma(s)^2), by maximum likelihood
+    (Appendix A.1). That sigma is diagonal and bounded is this file's choice."""
 
     def __init__(self, observation_size, goal_size, chunk_size, config):
         super().__init__()
@@ -496,11 +496,11 @@ class Agent(nn.Module):
     def imagine(self, observation, goal, generator):
         """Eq. 9: H chunks in the model from every observation (B, O) at once. -> Rollout
 
-        The dynamics keep full precision: their errors add up along a rollout."""
+        --precision spares the dynamics: their errors add up along a rollout."""
         observations, chunks = [observation], []
         for _ in range(self.config.horizon):
             with low_precision(self.config, observation):
-                chunk = self.best_of(self.config.candidates, observation, goal, generator).float()
+                chunk = self.best_of(self.config.candidates, observation, goal, generator)
             observation = self.next_observation(observation, chunk)
             observations.append(observation)
             chunks.append(chunk)
@@ -769,7 +769,7 @@ def collect(path, name, episodes, workers=None, seed=0):
     """Collect `episodes` training and a tenth as many validation episodes of environment `name`
     into `path` and its '-val' sibling, over all cores; the same data for any `workers`. Episodes
     wait in a folder beside them, so that an interrupted collection goes on where it was."""
-    parts = path.with_name(f".{name}-episodes")
+    parts = path.with_name(f".{path.stem}-episodes")
     with lock(parts, wait=True):  # a second process would collect the same
         if not (path.exists() and validation_file(path).exists()):
             collect_parts(parts, path, name, episodes, workers, seed)
@@ -999,14 +999,14 @@ def to_tensors(data, env_id):
 
 def make_dataset(agent, tensors, device):
     """The chunk dataset of `tensors` (from `to_tensors`), normalised by the agent (still on the
-    host), on `device`, or on the host if it would fill over half of the device's free memory."""
+    host), on `device`, or on the host if it would fill over half of the device's memory."""
     observations, goals, actions, rewards, last = tensors
     whole = goals is observations  # then one array serves as both
     observations = agent.normalize_observation(observations)
     goals = observations if whole else agent.normalize_goal(goals)
     if device.type == "cuda":
         size = sum(t.nbytes for t in (observations, actions, last)) + (not whole) * goals.nbytes
-        if size > torch.cuda.mem_get_info(device)[0] / 2:
+        if size > torch.cuda.mem_get_info(device)[1] / 2:
             print(f"the dataset ({size / 1e9:.1f} GB) stays in host memory", flush=True)
             device = torch.device("cpu")
     observations = observations.to(device)
@@ -1035,9 +1035,10 @@ class Evaluator:
     def play(self, agent, episodes, seed=0, execute=None, candidates=None,
              on_step=lambda episode: None, stop=lambda: False):
         """Run `episodes` episodes of every task, each a function of (seed, task, episode) and
-        the agent's noise. All environments that need a chunk share one policy call; MuJoCo lets
-        go of the interpreter, so threads step them in parallel. `on_step` sees each Episode after
-        each of its steps.
+        the agent's noise (teleporting mazes excepted: they draw from NumPy's global stream).
+        All environments that need a chunk share one policy call; MuJoCo lets go of the
+        interpreter, so threads step them in parallel. `on_step` sees each Episode after each of
+        its steps.
 
         Returns: {task: list of (success, return, length)}, or None if `stop()` turned true.
         """
@@ -1347,13 +1348,14 @@ def capture(step, agent, optimizer, generators):
     def replay():
         graph.replay()
         return result
+    replay.alive = step, optimizer  # of their tensors the graph knows the addresses only
     return replay
 
 
 def benchmark(config, updates):
     """Time `updates` updates on random data of the environment's shape. -> dict, for one line
-    of JSON; the peak is that of a large fp32 matrix product in the same process (`precision`
-    lowers a part of the update only, so with bfloat16 the ratio may pass 1)."""
+    of JSON; the peak is that of a large fp32 (on a GPU: TF32) matrix product in the same process
+    (`precision` lowers a part of the update only, so with bfloat16 the ratio may pass 1)."""
     from torch.utils.flop_counter import FlopCounterMode
 
     env = make_env(config.env)
@@ -1409,7 +1411,8 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 # ---------------------------------------------------------------------------- training loop
@@ -1462,6 +1465,7 @@ class Run:
         if state["step"] > self.config.steps:
             raise MacError(f"--steps {self.config.steps}: {self.folder} is at step {state['step']}")
         self.step = self.saved = state["step"]
+        self.warmup_steps = state["warmup_steps"]  # more --steps do not make it longer
         self.agent.load_state_dict(state["agent"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.param_groups[0]["capturable"] = self.device.type == "cuda"
@@ -1538,9 +1542,9 @@ class Run:
     def save(self, losses):
         self.check_finite(losses)
         save_checkpoint(self.folder, {
-            "step": self.step, "sizes": self.agent.sizes, "data": self.agent.data_source,
-            "config": dataclasses.asdict(self.config), "agent": self.agent.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "step": self.step, "warmup_steps": self.warmup_steps, "sizes": self.agent.sizes,
+            "data": self.agent.data_source, "config": dataclasses.asdict(self.config),
+            "agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict(),
             "generators": [generator.get_state() for generator in self.generators]})
         self.saved = self.step
 
@@ -1632,7 +1636,7 @@ def preset(env, small):
         settings.update(candidates=32, width=256)
     if family == "puzzle":
         settings["actor_goals"] = (0.0, 0.5, 0.0, 0.5)
-    elif family.endswith("maze"):
+    elif family.endswith("maze") or family == "antsoccer":
         settings["actor_goals"] = (0.0, 0.0, 1.0, 0.0)
     if small:
         settings.update(SMALL)
@@ -1650,7 +1654,7 @@ SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5
          "collect": 100, "execute": 10, "log_interval": 250, "eval_interval": 2000,
          "eval_episodes": 20, "save_interval": 2000}
 # What --resume may change: nothing that the parameters depend on at a given step, but for `steps`,
-# which sets the length of a warmup and a decay.
+# which sets the length of a decay.
 MAY_CHANGE = {"steps", "device", "log_interval", "eval_interval", "save_interval",
               "eval_episodes", "dataset_dir", "save_dir"}
 
@@ -1698,8 +1702,8 @@ def parse(argv):
             rules.update(type=float, nargs=len(field.default), metavar="P")
         elif "choices" not in rules:
             rules.update(type=kind if low is None else number(kind, low, high), metavar="X")
-        if kind is not bool and field.default != "":
-            rules["help"] += f" (default: {field.default})"
+        if field.default != "":
+            rules["help"] += f" (default: {'off' if kind is bool else field.default})"
         parser.add_argument(f"--{field.name.replace('_', '-')}", default=argparse.SUPPRESS, **rules)
     parser.add_argument("--resume", action="store_true", help="continue the run of this folder")
     parser.add_argument("--benchmark", type=number(int, 1), metavar="K",
@@ -1718,13 +1722,14 @@ def make_config(given):
         extract = {"candidates": 1, "eval_candidates": 1, "eval_flow": False,
                    "fql_alpha": 0.3 if "cube-double" in env else 1.0}  # Table 11
         settings.update({**extract, **given})
-    for name, readers in (("fql_alpha", ("fql",)), ("eval_flow", ("flow", "fql")),
-                          ("flow_steps", ("flow", "fql"))):
-        if policy not in readers:
-            if name in given:
-                raise MacError(f"--{name.replace('_', '-')}: --policy {policy} does not use it; "
-                               "leave it out")
-            settings.pop(name, None)  # a preset's
+    flow, fixed = policy in ("flow", "fql"), "singletask" in env
+    reads = {"fql_alpha": policy == "fql", "eval_flow": flow, "flow_steps": flow,
+             "chunk_reward": fixed, "value_goals": not fixed, "actor_goals": not fixed}
+    for name in (name for name, read in reads.items() if not read):
+        if name in given:
+            raise MacError(f"--{name.replace('_', '-')}: a run of {env} with --policy {policy} "
+                           "does not use it; leave it out")
+        settings.pop(name, None)  # a preset's
     config = Config(**settings)
     for key in ("value_goals", "actor_goals"):
         odds = getattr(config, key)
@@ -1733,8 +1738,12 @@ def make_config(given):
     if config.collect and not is_scripted(env):
         raise MacError(f"--collect: OGBench has no scripted policy for {env}; put the files of "
                        f"{split_id(env)[1]} into {config.dataset_dir} and leave --collect out")
+    if given.get("rollout_batch_size", 0) > config.batch_size:
+        raise MacError(f"--rollout-batch-size: a batch has {config.batch_size} states, not "
+                       f"{config.rollout_batch_size}")
     if given.get("execute", 1) > config.chunk:
         raise MacError(f"--execute: chunks have {config.chunk} actions, not {config.execute}")
+    config.rollout_batch_size = min(config.rollout_batch_size, config.batch_size)
     config.execute = min(config.execute, config.chunk)
     return config
 

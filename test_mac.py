@@ -2,8 +2,8 @@
 
 MAC_SLOW=1 pytest runs the long sweep too (fifty kills at random moments, about 10 minutes).
 """
+import concurrent.futures
 import csv
-import functools
 import hashlib
 import http.server
 import io
@@ -19,12 +19,12 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import eval as mac_eval
 import mac
@@ -526,7 +526,7 @@ def test_collection_is_the_same_with_one_worker_and_loads_in_ogbench(data_dir, t
 
 
 def test_a_collection_takes_up_the_episodes_of_an_interrupted_one(tmp_path):
-    parts = tmp_path / ".cube-single-v0-episodes"
+    parts = tmp_path / ".data-episodes"
     parts.mkdir()
     for name in ("0-val-0", "0-0"):
         np.savez(parts / f"{name}.npz", episode=np.full(3, len(name)))
@@ -535,6 +535,25 @@ def test_a_collection_takes_up_the_episodes_of_an_interrupted_one(tmp_path):
     assert np.load(tmp_path / "data-val.npz")["episode"].tolist() == [7, 7, 7]
     assert np.load(tmp_path / "data.npz")["episode"].tolist() == [3, 3, 3]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data-val.npz", "data.npz"]
+
+
+def test_collections_side_by_side_do_not_take_each_others_files(tmp_path, monkeypatch):
+    made = []
+
+    def slow(parts, path, name, episodes, *_):
+        time.sleep(0.1)
+        for file in (parts / "episode", path, mac.validation_file(path)):
+            file.write_text(str(episodes))
+        made.append(episodes)
+
+    monkeypatch.setattr(mac, "collect_parts", slow)
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        for future in [pool.submit(mac.collect, tmp_path / f"data{n}.npz", "cube-single-v0", n)
+                       for n in (1, 2, 3, 3, 3)]:
+            future.result()
+    assert sorted(made) == [1, 2, 3]
+    assert all((tmp_path / f"data{n}.npz").read_text() == str(n) for n in (1, 2, 3))
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 def test_command_line_from_training_to_evaluation(trained, capsys, tmp_path, monkeypatch):
@@ -580,6 +599,48 @@ def test_every_policy_from_the_command_line(policy, chunk, data_dir, tmp_path, c
         assert [int(row["steps"]) for row in csv.DictReader(file)] == list(range(0, 51, chunk))
 
 
+class CountingEnv:
+    """Observes how many steps the episode has had; task 2 succeeds at the third, every episode ends
+    with the seventh. Every environment keeps its actions, a list per episode."""
+
+    _reward_task_id, num_tasks = None, 2
+
+    def __init__(self):
+        self.unwrapped, self.actions = self, []
+        self.action_space = types.SimpleNamespace(seed=lambda seed: None)
+
+    def reset(self, seed, options):
+        self.task, self.steps = options["task_id"], 0
+        self.actions.append([])
+        return np.zeros(1), {"goal": np.full(1, self.task)}
+
+    def step(self, action):
+        self.steps += 1
+        self.actions[-1].append(action.item())
+        success = self.task == 2 and self.steps == 3
+        return np.full(1, self.steps), -0.5, False, self.steps == 7, {"success": success}
+
+
+@pytest.mark.parametrize("execute, expected", [
+    (None, [0, 10, 20, 30, 40, 50, 60]), (3, [0, 1, 2, 30, 31, 32, 60]),
+    (9, [0, 1, 2, 3, 40, 41, 42])])
+def test_evaluation_executes_as_much_of_each_chunk_as_asked(execute, expected, monkeypatch):
+    monkeypatch.setattr(mac, "make_env", lambda env_id: CountingEnv())
+    agent, asked = make_agent(chunk=4, execute=1), []
+
+    def act(observation, goal, candidates, generator):
+        asked.extend((int(g), candidates) for g in goal[:, 0])
+        return 10 * observation[:, None] + np.arange(4)[None, :, None]  # (k, 4, 1)
+
+    agent.act = act
+    evaluator = mac.Evaluator("any", environments=3)
+    results = evaluator.play(agent, 2, execute=execute, candidates=5)
+    assert results == {1: [(False, -3.5, 7)] * 2, 2: [(True, -3.5, 7)] * 2}
+    assert [a for env in evaluator.envs for a in env.actions] == [expected] * 4
+    decisions = math.ceil(7 / min(execute or 1, 4))
+    assert sorted(asked) == [(1, 5)] * 2 * decisions + [(2, 5)] * 2 * decisions
+
+
 def test_evaluation_is_repeatable_and_leaves_training_noise_alone(trained):
     agent = mac.load(trained["cube-single-play-v0"])
     evaluator = mac.Evaluator("cube-single-play-v0", environments=2)
@@ -596,7 +657,7 @@ def test_evaluation_is_repeatable_and_leaves_training_noise_alone(trained):
 
 def test_model_error_against_a_plain_loop(trained, data_dir):
     agent = mac.load(trained[SINGLE])
-    _, validation, n = None, None, agent.config.chunk
+    n = agent.config.chunk
     path = data_dir / "cube-single-play-v0-collected1-val.npz"
     with np.load(path) as file:
         states, actions = file["observations"], file["actions"]
@@ -677,7 +738,8 @@ def test_settings_follow_the_environment():
         assert settings(env) == (1024, 1024, 2 * 10 ** 6, 8, cube)
     assert settings("puzzle-3x3-play-oraclerep-v0") == (1024, 1024, 2 * 10 ** 6, 8, puzzle)
     assert settings("puzzle-4x5-play-oraclerep-v0") == (256, 1024, 2 * 10 ** 6, 32, puzzle)
-    assert settings("humanoidmaze-giant-navigate-oraclerep-v0")[-1] == maze
+    for env in ("humanoidmaze-giant-navigate-oraclerep-v0", "antsoccer-arena-navigate-v0"):
+        assert settings(env)[-1] == maze
     assert settings("cube-double-play-v0", width=7)[0] == 7
     given, _, _ = mac.parse(["--env", SINGLE, "--small", "--no-eval-flow", "--eval_episodes=3"])
     small = mac.make_config(given)
@@ -847,12 +909,13 @@ def test_no_worker_outlives_a_collection(tmp_path):
     for number, process in processes.items():
         text = ""
         while "1/440" not in text:
-            text += process.stderr.read(1)
+            text += (character := process.stderr.read(1))
+            assert character, text  # it ended
         process.send_signal(number)
         rest = process.communicate(timeout=30)[1]
         assert process.returncode == (130 if number == signal.SIGINT else -number)
         assert "Traceback" not in rest and not list(folders[number].glob("*.npz"))
-        assert list(folders[number].glob(".cube-single-v0-episodes/*.npz"))  # nothing lost
+        assert list(folders[number].glob(".*-collected400-episodes/*.npz"))  # nothing lost
 
 
 def test_second_signal_quits_at_once():
@@ -968,6 +1031,25 @@ def test_resume_refuses_fewer_steps_and_damaged_logs(trained, data_dir, tmp_path
     assert mac.main([*command, "6"]) == 0
 
 
+def test_the_learning_rate_decays_after_a_warmup_that_more_steps_do_not_prolong(
+        data_dir, tmp_path, monkeypatch):
+    seen, update = [], mac.update
+
+    def spy(agent, optimizer, batch, generator, warmup):
+        seen.append((round(optimizer.param_groups[0]["lr"].item() * 1e3, 4), warmup))
+        return update(agent, optimizer, batch, generator, warmup)
+
+    monkeypatch.setattr(mac, "update", spy)
+    command = ["--env", SINGLE, *TINY, "--dataset-dir", str(data_dir), "--save-dir", str(tmp_path),
+               "--log-interval", "0", "--eval-interval", "0", "--warmup", "0.5", "--decay",
+               "--learning-rate", "0.001", "--steps"]
+    assert mac.main([*command, "8"]) == 0
+    joint = [(rate, False) for rate in (1, 0.75, 0.5, 0.25)]
+    assert seen == [(1, True)] * 4 + joint
+    assert mac.main([*command, "20", "--resume"]) == 0
+    assert seen[8:] == [(round((20 - step) / 16, 4), False) for step in range(8, 20)]
+
+
 def test_a_renderer_that_is_missing_is_one_line(tmp_path):
     process = subprocess.run([sys.executable, HERE / "mac.py", "--env", SINGLE], cwd=tmp_path,
                              env={**os.environ, "MUJOCO_GL": "foo"}, capture_output=True, text=True)
@@ -1009,18 +1091,21 @@ def test_a_run_folder_is_neither_overwritten_nor_shared(trained, data_dir, capsy
     (["--candidates", "0"], "--candidates"),
     (["--discount", "1.5"], "--discount"),
     (["--seed", "-1"], "--seed"),
-    (["--value-goals", "nan", "0", "0", "0"], "add up to 1"),
+    (["--env", "cube-single-play-v0", "--value-goals", "nan", "0", "0", "0"], "add up to 1"),
     (["--policy", "flw"], "invalid choice: 'flw'"),
     (["--device", "cuda"], "sees no GPU"),
-    (["--value-goals", "1", "1", "0", "0"], "add up to 1"),
+    (["--env", "cube-single-play-v0", "--value-goals", "1", "1", "0", "0"], "add up to 1"),
     (["--save-dir", "/proc/nowhere"], "cannot create the folder /proc/nowhere"),
     (["--save-dir", "/proc"], "cannot write in /proc"),
     (["--chunk", "1001"], "no trajectory is longer than a chunk"),
     (["--env", "antmaze-large-navigate-v0", "--collect", "3"], "no scripted policy"),
     (["--resume", "--steps"], "expected one argument"),
     (["--execute", "11"], "--execute: chunks have 10 actions, not 11"),
-    (["--fql-alpha", "1"], "--fql-alpha: --policy flow does not use it"),
-    (["--policy", "gaussian", "--flow-steps", "3"], "--policy gaussian does not use it"),
+    (["--fql-alpha", "1"], "with --policy flow does not use it"),
+    (["--policy", "gaussian", "--flow-steps", "3"], "with --policy gaussian does not use it"),
+    (["--actor-goals", "1", "0", "0", "0"], "--actor-goals: a run of"),
+    (["--env", "cube-double-play-v0", "--chunk-reward", "sum"], "--chunk-reward: a run of"),
+    (["--rollout-batch-size", "9"], "--rollout-batch-size: a batch has 8 states"),
 ])
 def test_bad_input_is_one_line_and_status_2(command, message, data_dir, tmp_path, capsys):
     if "cuda" in command and torch.cuda.is_available():
@@ -1039,6 +1124,10 @@ def test_bad_input_is_one_line_and_status_2(command, message, data_dir, tmp_path
     (["nowhere", "--json", "no/x.json"], "cannot write no/x.json"),
     (["nowhere", "--json", "x.json", "--plot"], "--json does not go with --plot"),
     (["nowhere", "--candidates", "1", "--model-error"], "--candidates does not go with"),
+    (["nowhere", "--seed", "0", "--model-error"], "--seed does not go with"),
+    (["nowhere", "--device", "cpu", "--plot"], "--device does not go with"),
+    (["nowhere", "--model-error-steps", "50"], "--model-error-steps is for --model-error"),
+    (["nowhere", "--dataset-dir", "x", "--plot"], "--dataset-dir is for --model-error"),
     (["nowhere", "there", "--video", "x.gif"], "--video takes a single run"),
     (["nowhere", "--video", "x.mp4"], "must end in .gif"),
 ])
