@@ -778,27 +778,40 @@ def test_flops_per_update_against_a_hand_count(capsys):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("goal", [0, 2])
-def test_cuda_graph_agrees_with_eager_updates(goal):
-    device = torch.device("cuda")
-    results = []
+@pytest.mark.parametrize("goal, host, settings", [
+    (0, False, {}), (2, False, {}), (2, True, {}), (0, False, {"precision": "bfloat16"}),
+    (0, False, {"policy": "fql"})])
+def test_cuda_graph_agrees_with_eager_updates(goal, host, settings, device="cuda"):
+    """Through a warmup and after it, with a changing learning rate and validation in between."""
+    device, results = torch.device(device), []
     for graphed in (False, True):
-        agent, data = make_agent(goal).to(device), chunk_data(goal)
-        for name in ("observations", "goals", "actions", "rewards", "last", "starts", "offsets",
-                     "reward_weights"):
+        agent, data = make_agent(goal, batch_size=16, **settings).to(device), chunk_data(goal)
+        for name in () if host else ("observations", "goals", "actions", "rewards", "last",
+                                     "starts", "offsets", "reward_weights"):
             setattr(data, name, getattr(data, name).to(device))
-        optimizer = mac.make_optimizer(agent)
-        batches, noise = mac.make_generators(0, device, device)
-        agent.config.batch_size = 16
-        if graphed:
-            step = mac.make_step(agent, optimizer, data, batches, noise)
-        else:
-            step = lambda: mac.update(agent, optimizer, data.sample(16, batches), noise)  # noqa
-        for _ in range(5):
-            losses = {name: value.item() for name, value in step().items()}
-        results.append((losses, [p.detach().cpu() for p in agent.parameters()]))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-4)
-    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(results[0][1], results[1][1]))
+        optimizer, losses = mac.make_optimizer(agent), []
+        batches, noise = mac.make_generators(0, data.starts.device, device)
+        for warmup in (True, False):
+            def eager():
+                return mac.update(agent, optimizer, data.sample(16, batches).to(device), noise,
+                                  warmup)
+
+            step = eager
+            if graphed:
+                step = mac.make_step(agent, optimizer, data, batches, noise, warmup)
+            for i in range(1, 5):
+                optimizer.param_groups[0]["lr"].fill_(1e-3 / i)
+                losses.append({name: value.item() for name, value in step().items()})
+                with torch.no_grad():
+                    batch = chunk_data(goal).sample(8, generator()).to(device)
+                    agent.losses(batch, torch.Generator(device).manual_seed(0))
+        results.append((losses, [p.detach().cpu() for p in agent.parameters()],
+                        [g.get_state() for g in (batches, noise)]))
+    (losses, parameters, states), (others, other_parameters, other_states) = results
+    assert losses[0] != losses[1] and len(losses) == len(others) == 8
+    assert all(a == pytest.approx(b, rel=1e-3) for a, b in zip(losses, others))
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(parameters, other_parameters))
+    assert all(torch.equal(a, b) for a, b in zip(states, other_states))
 
 
 # ------------------------------------------------------------------------------ nothing lost
