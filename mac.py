@@ -833,6 +833,8 @@ def find_data(config, obtain=True):
     environment, name = split_id(config.env)
     official = folder / f"{name}.npz"
     validation = validation_file(official)
+    if obtain:
+        make_folder(folder)
     if not config.collect:
         there = [file.exists() for file in (official, validation)]
         try:
@@ -866,7 +868,6 @@ def download(name, folder):
     """OGBench's own download, into a temporary folder: it renames a short file without
     complaint, so only a file whose zip checksums hold gets its final name."""
     ogbench, _ = import_ogbench()
-    make_folder(folder)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
         timeout = socket.getdefaulttimeout()
         socket.setdefaulttimeout(30)  # seconds without a byte
