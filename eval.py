@@ -89,8 +89,9 @@ def evaluate(run, args):
     if args.video:
         write_video(args.video, [frame for task in sorted(frames) for frame in frames[task]])
     overall = table.pop("overall")
-    return {"env": config.env, "step": agent.step, "episodes": episodes, "execute": execute,
-            "candidates": candidates, "tasks": table, "overall": overall}
+    return {"env": config.env, "policy": config.policy, "step": agent.step, "seed": seed,
+            "episodes": episodes, "execute": execute, "candidates": candidates, "tasks": table,
+            "overall": overall}
 
 
 def latency(agent, candidates):
@@ -208,7 +209,7 @@ def plot_curves(args):
     runs = {pathlib.Path(run): read_csv(pathlib.Path(run) / "train.csv") for run in args.runs}
     for run, rows in runs.items():
         if not rows:
-            raise mac.MacError(f"{run / 'train.csv'} has nothing to plot")
+            raise mac.MacError(f"{run / 'train.csv'} is not there or has no rows: nothing to plot")
     plt = pyplot()
     figure, (success, losses) = plt.subplots(1, 2, sharex=True, figsize=(9, 3.2))
     for (run, rows), style in zip(runs.items(), itertools.cycle(("-", "--", ":", "-."))):

@@ -1164,7 +1164,7 @@ def load_checkpoint(folder, device="cpu"):
     except OSError as error:
         raise MacError(f"cannot read {path}: {error.strerror}") from error
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        advice = "there is no earlier one"
+        advice = "there is no earlier one; train anew in another --save-dir"
         if path != previous and previous.exists():
             advice = f"delete it to go on from {previous.name}"
         raise MacError(f"{path} is damaged: {advice}")
@@ -1467,6 +1467,7 @@ class Run:
             raise MacError(f"--steps {self.config.steps}: {self.folder} is at step {state['step']}")
         self.step = self.saved = state["step"]
         self.warmup_steps = state["warmup_steps"]  # more --steps do not make it longer
+        print(f"resuming at step {self.step} of {self.config.steps}", flush=True)
         self.agent.load_state_dict(state["agent"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.optimizer.param_groups[0]["capturable"] = self.device.type == "cuda"
@@ -1617,7 +1618,7 @@ def train(config, folder, resume):
         if config.small and config.eval_interval and not stop():
             run.final_table()
         if stop():
-            rest = "goes on" if run.step < config.steps else "makes the table again"
+            rest = "goes on" if run.step < config.steps else "makes the table"
             print(f"stopped at step {run.step}; the same command with --resume {rest}")
             return 128 + stop.signal
     print(f"trained {run.step} steps; now: python eval.py {folder}")
@@ -1662,6 +1663,9 @@ MAY_CHANGE = {"steps", "device", "log_interval", "eval_interval", "save_interval
 
 class Parser(argparse.ArgumentParser):
     """Underscores in flags are as good as dashes; a mistake is a MacError, which is one line."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def parse_args(self, argv=None):
         argv = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word)

@@ -568,7 +568,8 @@ def test_command_line_from_training_to_evaluation(trained, capsys, tmp_path, mon
                               "2", "--json", str(report)]) == 0
         tasks = 1 if "singletask" in env else 5
         result = json.loads(report.read_text())
-        assert (result["step"], result["execute"], result["candidates"]) == (4, 3, 2)
+        assert [result[key] for key in ("policy", "step", "seed", "execute", "candidates")] == [
+            "flow", 4, 0, 3, 2]
         assert len(result["tasks"]) == tasks
         assert set(result["overall"]) == {"success", "stderr", "return", "length"}
         assert mac_eval.main([str(folder), "--execute", "11"]) == 2
@@ -1132,8 +1133,9 @@ def test_bad_input_is_one_line_and_status_2(command, message, data_dir, tmp_path
 @pytest.mark.parametrize("command, message", [
     (["nowhere"], "cannot read nowhere/checkpoint.pt"),
     (["nowhere", "--episodes", "0"], "--episodes"),
-    (["nowhere", "--plot"], "nowhere/train.csv has nothing to plot"),
+    (["nowhere", "--plot"], "nowhere/train.csv is not there or has no rows"),
     (["nowhere", "--jsn", "x"], "the nearest flag is --json"),
+    (["nowhere", "--episode", "5"], "the nearest flag is --episodes"),
     (["nowhere", "--json", "no/x.json"], "cannot write no/x.json"),
     (["nowhere", "--json", "x.json", "--plot"], "--json does not go with --plot"),
     (["nowhere", "--candidates", "1", "--model-error"], "--candidates does not go with"),
