@@ -29,6 +29,9 @@ import torch
 import eval as mac_eval
 import mac
 
+# A shell starts its background jobs with interrupts ignored; what is tested here receives them.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 HERE = pathlib.Path(__file__).parent
 TINY = ["--width", "16", "--batch-size", "8", "--collect", "1", "--device", "cpu"]
 SINGLE = "cube-single-play-singletask-v0"
