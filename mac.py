@@ -1466,7 +1466,8 @@ class Run:
         if state["step"] > self.config.steps:
             raise MacError(f"--steps {self.config.steps}: {self.folder} is at step {state['step']}")
         self.step = self.saved = state["step"]
-        self.warmup_steps = state["warmup_steps"]  # more --steps do not make it longer
+        # More --steps do not make a warmup longer; the first checkpoints did not hold its length.
+        self.warmup_steps = state.get("warmup_steps", self.warmup_steps)
         print(f"resuming at step {self.step} of {self.config.steps}", flush=True)
         self.agent.load_state_dict(state["agent"])
         self.optimizer.load_state_dict(state["optimizer"])
