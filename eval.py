@@ -60,6 +60,7 @@ def evaluate(run, args):
         raise mac.MacError(f"--execute {execute}: the chunks of {run} have {config.chunk} actions")
     candidates = args.candidates or config.eval_candidates
     episodes = args.episodes or config.eval_episodes
+    seed = args.seed or 0
     evaluator = mac.Evaluator(config.env)
     frames = collections.defaultdict(list)
 
@@ -70,7 +71,6 @@ def evaluate(run, args):
     if args.video:
         evaluator.envs[0].reset()
         render(evaluator.envs[0])  # an error now rather than after the first chunk
-    seed = args.seed or 0
     results = evaluator.play(agent, episodes, seed, execute, candidates,
                              record if args.video else lambda episode: None)
     table = mac.summarize(results)

@@ -804,7 +804,7 @@ def test_cuda_graph_agrees_with_eager_updates(goal, host, settings, device="cuda
             if graphed:
                 step = mac.make_step(agent, optimizer, data, batches, noise, warmup)
             for i in range(1, 5):
-                optimizer.param_groups[0]["lr"].fill_(1e-3 / i)
+                optimizer.param_groups[0]["lr"].fill_(3e-4 / i)
                 losses.append({name: value.item() for name, value in step().items()})
                 with torch.no_grad():
                     batch = chunk_data(goal).sample(8, generator()).to(device)
@@ -813,8 +813,8 @@ def test_cuda_graph_agrees_with_eager_updates(goal, host, settings, device="cuda
                         [g.get_state() for g in (batches, noise)]))
     (losses, parameters, states), (others, other_parameters, other_states) = results
     assert losses[0] != losses[1] and len(losses) == len(others) == 8
-    assert all(a == pytest.approx(b, rel=1e-3) for a, b in zip(losses, others))
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(parameters, other_parameters))
+    assert all(a == pytest.approx(b, rel=1e-4) for a, b in zip(losses, others))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(parameters, other_parameters))
     assert all(torch.equal(a, b) for a, b in zip(states, other_states))
 
 
@@ -932,7 +932,8 @@ def test_no_worker_outlives_a_collection(tmp_path):
         rest = process.communicate(timeout=30)[1]
         assert process.returncode == (130 if number == signal.SIGINT else -number)
         assert "Traceback" not in rest and not list(folders[number].glob("*.npz"))
-        assert list(folders[number].glob(".*-collected400-episodes/*.npz"))  # nothing lost
+        kept = folders[number] / ".cube-single-play-v0-collected400-episodes"
+        assert list(kept.glob("*.npz"))  # nothing lost
 
 
 def test_second_signal_quits_at_once():
@@ -1118,7 +1119,7 @@ def test_a_run_folder_is_neither_overwritten_nor_shared(trained, data_dir, capsy
     (["--env", "antmaze-large-navigate-v0", "--collect", "3"], "no scripted policy"),
     (["--resume", "--steps"], "expected one argument"),
     (["--execute", "11"], "--execute: chunks have 10 actions, not 11"),
-    (["--fql-alpha", "1"], "with --policy flow does not use it"),
+    (["--fql-alpha", "1"], f"--fql-alpha: a run of {SINGLE} with --policy flow does not use it"),
     (["--policy", "gaussian", "--flow-steps", "3"], "with --policy gaussian does not use it"),
     (["--actor-goals", "1", "0", "0", "0"], "--actor-goals: a run of"),
     (["--env", "cube-double-play-v0", "--chunk-reward", "sum"], "--chunk-reward: a run of"),
