@@ -46,6 +46,7 @@ import math
 import multiprocessing
 import os
 import pathlib
+import platform
 import re
 import shutil
 import signal
@@ -249,13 +250,17 @@ class MLP(nn.Module):
         for fan_in in (inputs, width, width, width):
             layers += [nn.Linear(fan_in, width), nn.GELU("tanh"), nn.LayerNorm(width, eps=1e-6)]
         self.hidden, self.output = nn.Sequential(*layers), nn.Linear(width, outputs)
+        self.laid_out = None  # `fixed_weights` makes it a dictionary
         for layer in (*self.hidden, self.output):
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
     def forward(self, *inputs):
-        x = run_hidden(self.hidden, torch.cat(inputs, -1))
+        x = torch.cat(inputs, -1)
+        if FUSED and not (torch.is_grad_enabled() or x.is_cuda):
+            return fused_forward(self, x)
+        x = self.hidden(x)
         # Never in low precision: values between -64 and -128 are 0.5 apart in bfloat16.
         with torch.autocast(x.device.type, enabled=False):
             return self.output(x.float())
@@ -341,7 +346,7 @@ class FlowPolicy(nn.Module):
     def loss(self, batch, rollout, critic, generator):
         observation, goal = batch.observation, batch.actor_goal
         z = self.noise(observation, generator)
-        with torch.no_grad(), low_precision(self.config, z):
+        with torch.no_grad(), low_precision(self.config, z), fixed_weights(self.velocity):
             teacher = self.flow(observation, goal, z)
         return {
             "flow": flow_matching_loss(self.velocity, batch.chunk, observation, goal, generator),
@@ -498,12 +503,13 @@ class Agent(nn.Module):
 
         --precision spares the dynamics: their errors add up along a rollout."""
         observations, chunks = [observation], []
-        for _ in range(self.config.horizon):
-            with low_precision(self.config, observation):
-                chunk = self.best_of(self.config.candidates, observation, goal, generator)
-            observation = self.next_observation(observation, chunk)
-            observations.append(observation)
-            chunks.append(chunk)
+        with fixed_weights(self):
+            for _ in range(self.config.horizon):
+                with low_precision(self.config, observation):
+                    chunk = self.best_of(self.config.candidates, observation, goal, generator)
+                observation = self.next_observation(observation, chunk)
+                observations.append(observation)
+                chunks.append(chunk)
         observations, chunks = torch.stack(observations), torch.stack(chunks)
         goals = goal.expand(len(chunks), *goal.shape)  # (H, B, G)
         with low_precision(self.config, observation):
@@ -1269,23 +1275,49 @@ class Stop:
 # ---------------------------------------------------------------------------- speed
 
 
-# oneDNN's product with an activation, as PyTorch's own compiler uses it; None without oneDNN.
-FUSED = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if (
-    torch.backends.mkldnn.is_available()) else None
+# oneDNN's product with an activation, as PyTorch's own compiler uses it. Tried on x86 alone, so
+# None elsewhere.
+FUSED = None
+if torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64"):
+    FUSED = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-def run_hidden(layers, x):
-    """The hidden layers of an MLP. Without gradient on a CPU, oneDNN applies GELU to each tile of
-    a product while it is in the cache, where PyTorch's own tanh GELU is a slow second pass."""
-    if FUSED is None or torch.is_grad_enabled() or x.is_cuda:
-        return layers(x)
-    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
-    x = x.to(dtype)
-    layer = iter(layers)
+def fused_forward(mlp, x):
+    """An MLP on a CPU, without gradient: oneDNN applies GELU to each tile of a product while it is
+    in the cache, where PyTorch's own tanh GELU is a slow second pass."""
+    x = x.to(torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype)
+    layer = iter(mlp.hidden)
     for linear, _, norm in zip(layer, layer, layer):  # a slice would build a module each time
-        x = FUSED(x, linear.weight.to(dtype), linear.bias.to(dtype), "gelu", [], "tanh")
+        x = FUSED(x, *weight_and_bias(mlp, linear, x), "gelu", [], "tanh")
         x = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    return x
+    x = x.float()  # as in MLP.forward
+    return FUSED(x, *weight_and_bias(mlp, mlp.output, x), "none", [], "")
+
+
+def weight_and_bias(mlp, linear, x):
+    """Those of a layer in the precision of its input x, and as `fixed_weights` keeps them."""
+    if mlp.laid_out is None:
+        return linear.weight.to(x.dtype), linear.bias.to(x.dtype)
+    key = linear, x.dtype
+    if key not in mlp.laid_out:
+        weight, rows = linear.weight.to(x.dtype), x.shape[:-1].numel()
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        mlp.laid_out[key] = weight, linear.bias.to(x.dtype)
+    return mlp.laid_out[key]
+
+
+@contextlib.contextmanager
+def fixed_weights(networks):
+    """Inside, no weight changes: a CPU brings each into oneDNN's layout once, where every product
+    would do so anew. It pays from width 512."""
+    mlps = [m for m in networks.modules() if isinstance(m, MLP) and m.output.in_features >= 512]
+    for mlp in mlps:
+        mlp.laid_out = {}
+    try:
+        yield
+    finally:
+        for mlp in mlps:
+            mlp.laid_out = None
 
 
 def make_optimizer(agent):
