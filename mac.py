@@ -1415,16 +1415,17 @@ def benchmark(config, updates):
     flops = counter.get_total_flops()
     step = make_step(agent, make_optimizer(agent), dataset, *generators)
     times = timed(step, updates, device)
+    memory = peak_memory(device)
     size = 8192 if device.type == "cuda" else 2048
     square = torch.randn(size, size, device=device)
-    peak = 2 * size ** 3 / min(timed(lambda: square @ square, 10, device))
+    peak = 2 * size ** 3 / min(timed(lambda: square @ square, 40, device))
     achieved = flops / statistics.median(times)
     return {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
             "precision": config.precision, "threads": torch.get_num_threads(), "updates": updates,
             "ms_median": 1e3 * statistics.median(times), "ms_min": 1e3 * min(times),
             "ms_max": 1e3 * max(times), "gflop_per_update": flops / 1e9,
             "gflops": achieved / 1e9, "peak_gflops": peak / 1e9,
-            "fraction_of_peak": achieved / peak, "peak_memory_mb": peak_memory(device) / 1e6}
+            "fraction_of_peak": achieved / peak, "peak_memory_mb": memory / 1e6}
 
 
 def timed(function, times, device):
