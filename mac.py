@@ -2,7 +2,7 @@
 
     python mac.py --env cube-double-play-v0                       # the paper's settings
     python mac.py --env cube-single-play-singletask-v0 --small    # minutes on a laptop CPU
-    python eval.py exp/<run>                                      # success table, video, plots
+    python eval.py exp/<run>                                      # success table; --video, --plot
 
 The algorithm, and the function of each step (equation numbers are the paper's):
 
@@ -23,9 +23,9 @@ Where this file follows the authors' published code rather than the paper's text
       sum: V and Q are 1/n of the paper's, the arg max is the same (`--chunk-reward sum`);
     - losses are means over coordinates, where the paper writes sums;
     - at test time only the first action of a chunk is executed (`--execute`).
-Where it differs from that code: a chunk may start anywhere that leaves n actions and a state
-(the published sampler drops some), the success model is trained with cross-entropy, and V is
-evaluated only where a target needs it.
+Where it differs from that code (README.md has the whole list): a chunk may start anywhere that
+leaves n actions and a state (the published sampler drops some), the success model is trained with
+cross-entropy, and V is evaluated only where a target needs it.
 """
 from __future__ import annotations
 
@@ -122,8 +122,8 @@ class Config:
                             "policy alone, without rollouts", low=0, high=0.99)
     decay: bool = setting(False, "after the warmup, let the learning rate fall linearly to zero")
     ema_rate: float = setting(0.005, "target V moves this much per step", low=0, high=1)
-    precision: str = setting("float32", "of proposals, their scores and imagined rewards; "
-                             "bfloat16 is quicker only on hardware that has it",
+    precision: str = setting("float32", "of proposals, their scores, imagined rewards and the "
+                             "flow to distil; bfloat16 is quicker only on hardware that has it",
                              choices=("float32", "bfloat16"))
     # data, logs, files
     dataset_dir: str = setting("~/.ogbench/data", "folder of the .npz files")
@@ -250,7 +250,7 @@ class MLP(nn.Module):
         for fan_in in (inputs, width, width, width):
             layers += [nn.Linear(fan_in, width), nn.GELU("tanh"), nn.LayerNorm(width, eps=1e-6)]
         self.hidden, self.output = nn.Sequential(*layers), nn.Linear(width, outputs)
-        self.laid_out = None  # `fixed_weights` makes it a dictionary
+        self.laid_out = None  # (weight, dtype): what `fixed_weights` keeps of it
         for layer in (*self.hidden, self.output):
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
@@ -258,7 +258,7 @@ class MLP(nn.Module):
 
     def forward(self, *inputs):
         x = torch.cat(inputs, -1)
-        if FUSED and not (torch.is_grad_enabled() or x.is_cuda):
+        if can_fuse(self, x):  # what follows, done quicker: change both, or drop these two lines
             return fused_forward(self, x)
         x = self.hidden(x)
         # Never in low precision: values between -64 and -128 are 0.5 apart in bfloat16.
@@ -447,7 +447,7 @@ class Rollout(NamedTuple):
 
 
 def low_precision(config, tensor):
-    """Where no gradient is needed, --precision may lower that of the matrix products."""
+    """Where no gradient is needed, --precision may lower that of the networks' hidden layers."""
     return torch.autocast(tensor.device.type, torch.bfloat16, config.precision == "bfloat16")
 
 
@@ -554,10 +554,10 @@ class Agent(nn.Module):
         """Choose chunks for raw (not normalised) observations.
 
         Args:
-            observation: (B, O) or (O,) array; goal: (B, G) or (G,) or None where G = 0.
+            observation: (B, O) or (O,) array; goal: (B, G) or (G,) alike, or None where G = 0.
             candidates: N; default `eval_candidates`; 1 is the cloned behaviour.
         Returns: (B, n, A) or (n, A) float32 array, in [-1, 1].
-        Raises: ValueError if a width is not what the agent was trained with.
+        Raises: ValueError if a width is not what the agent was trained with, or B differs.
         """
         device = self.normalize_observation.middle.device
         single = np.ndim(observation) == 1
@@ -569,6 +569,9 @@ class Agent(nn.Module):
                 raise ValueError(f"{name} has shape {tuple(given.shape)}; this agent takes "
                                  f"{width} numbers per {name}")
             inputs.append(given[None] if single else given)
+        if inputs[0].shape[:-1] != inputs[1].shape[:-1]:
+            raise ValueError(f"goal has shape {np.shape(goal)}, observation "
+                             f"{np.shape(observation)}: one goal per observation")
         chunk = self.best_of(candidates or self.config.eval_candidates,
                              self.normalize_observation(inputs[0]),
                              self.normalize_goal(inputs[1]), generator,
@@ -603,6 +606,9 @@ class MacError(Exception):
     """A mistake of the user or a broken file: one line, exit status 2, nothing overwritten."""
 
     status = 2
+
+    def __init__(self, message):
+        super().__init__(" ".join(line.strip() for line in message.splitlines()))
 
 
 class Diverged(MacError):
@@ -1012,7 +1018,8 @@ def make_dataset(agent, tensors, device):
     observations = agent.normalize_observation(observations)
     goals = observations if whole else agent.normalize_goal(goals)
     if device.type == "cuda":
-        size = sum(t.nbytes for t in (observations, actions, last)) + (not whole) * goals.nbytes
+        size = sum(t.nbytes for t in (observations, actions, rewards, last))
+        size += 0 if whole else goals.nbytes
         if size > torch.cuda.mem_get_info(device)[1] / 2:
             print(f"the dataset ({size / 1e9:.1f} GB) stays in host memory", flush=True)
             device = torch.device("cpu")
@@ -1185,13 +1192,21 @@ def load(run, device="cpu"):
     `mac.load("exp/...").act(observation, goal)`. Its `step` and `data_source` (a line that says
     where the data came from) tell what it is. Raises MacError."""
     checkpoint = load_checkpoint(pathlib.Path(run), device)
-    try:
+    with must_fit(run):
         agent = Agent(*checkpoint["sizes"], Config(**checkpoint["config"])).to(device)
         agent.load_state_dict(checkpoint["agent"])
         agent.step, agent.data_source = checkpoint["step"], checkpoint["data"]
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise MacError(f"the checkpoint in {run} is of another version: {error}") from error
     return agent.eval()
+
+
+@contextlib.contextmanager
+def must_fit(run):
+    """Raises MacError where a checkpoint does not hold what is read from it."""
+    try:
+        yield
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise MacError(f"the checkpoint in {run} is of other settings or of another version of "
+                       f"this program: {error!r}") from error
 
 
 def lock(folder, wait=False):
@@ -1275,11 +1290,17 @@ class Stop:
 # ---------------------------------------------------------------------------- speed
 
 
-# oneDNN's product with an activation, as PyTorch's own compiler uses it. Tried on x86 alone, so
-# None elsewhere.
+# oneDNN's product with an activation, as PyTorch's own compiler uses it: FUSED(x, weight, bias,
+# activation, its scalars, its variant). Tried on x86 alone, so None elsewhere.
 FUSED = None
 if torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AMD64"):
     FUSED = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+
+
+def can_fuse(mlp, x):
+    """Whether `fused_forward` computes what `mlp` does: on a CPU, without gradient."""
+    return (FUSED and not torch.is_grad_enabled() and not x.is_cuda
+            and isinstance(mlp.hidden[1], nn.GELU))
 
 
 def fused_forward(mlp, x):
@@ -1287,29 +1308,31 @@ def fused_forward(mlp, x):
     in the cache, where PyTorch's own tanh GELU is a slow second pass."""
     x = x.to(torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype)
     layer = iter(mlp.hidden)
-    for linear, _, norm in zip(layer, layer, layer):  # a slice would build a module each time
-        x = FUSED(x, *weight_and_bias(mlp, linear, x), "gelu", [], "tanh")
+    for linear, gelu, norm in zip(layer, layer, layer):  # three at a time; slices build modules
+        x = FUSED(x, *weight_and_bias(mlp, linear, x), "gelu", [], gelu.approximate)
         x = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
     x = x.float()  # as in MLP.forward
     return FUSED(x, *weight_and_bias(mlp, mlp.output, x), "none", [], "")
 
 
 def weight_and_bias(mlp, linear, x):
-    """Those of a layer in the precision of its input x, and as `fixed_weights` keeps them."""
+    """The parameters of a layer for FUSED and an input x: as they are but for x's precision or,
+    inside `fixed_weights`, what was made of them for the first input."""
     if mlp.laid_out is None:
         return linear.weight.to(x.dtype), linear.bias.to(x.dtype)
-    key = linear, x.dtype
+    key = linear.weight, x.dtype
     if key not in mlp.laid_out:
         weight, rows = linear.weight.to(x.dtype), x.shape[:-1].numel()
-        weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)  # rows: a hint for speed
         mlp.laid_out[key] = weight, linear.bias.to(x.dtype)
     return mlp.laid_out[key]
 
 
 @contextlib.contextmanager
 def fixed_weights(networks):
-    """Inside, no weight changes: a CPU brings each into oneDNN's layout once, where every product
-    would do so anew. It pays from width 512."""
+    """For networks that are called several times before their weights change: a CPU brings these
+    into oneDNN's own layout once, where each product does it anew. Below width 512 a layout costs
+    more than it saves."""
     mlps = [m for m in networks.modules() if isinstance(m, MLP) and m.output.in_features >= 512]
     for mlp in mlps:
         mlp.laid_out = {}
@@ -1355,7 +1378,8 @@ def make_step(agent, optimizer, dataset, data_generator, noise_generator, warmup
 
 def capture(step, agent, optimizer, generators):
     """`step` as one CUDA graph: its hundreds of small kernels are launched by a single call.
-    The warm-up's updates are undone, so that the graph starts where the eager step would."""
+    The trial updates that PyTorch wants before a capture are undone, in place since the graph
+    knows addresses, so that the graph starts where the eager step would."""
     saved = copy.deepcopy((agent.state_dict(), optimizer.state_dict()))
     states = [generator.get_state() for generator in generators]
     stream = torch.cuda.Stream()
@@ -1381,14 +1405,15 @@ def capture(step, agent, optimizer, generators):
     def replay():
         graph.replay()
         return result
-    replay.alive = step, optimizer  # of their tensors the graph knows the addresses only
+    replay.alive = step  # and with it the tensors whose addresses the graph knows
     return replay
 
 
 def benchmark(config, updates):
-    """Time `updates` updates on random data of the environment's shape. -> dict, for one line
-    of JSON; the peak is that of a large fp32 (on a GPU: TF32) matrix product in the same process
-    (`precision` lowers a part of the update only, so with bfloat16 the ratio may pass 1)."""
+    """Time `updates` updates, such as follow a warmup, on random data of the environment's shape.
+    -> dict, for one line of JSON; the peak is that of a large fp32 (on a GPU: TF32) matrix product
+    in the same process (`precision` lowers a part of the update only, so with bfloat16 the ratio
+    may pass 1)."""
     from torch.utils.flop_counter import FlopCounterMode
 
     env = make_env(config.env)
@@ -1469,8 +1494,8 @@ def set_up_device(name):
 
 def make_generators(seed, *devices):
     """One generator per device given, their streams independent of each other. Batches, training
-    noise, validation and evaluation have one each, so that how often one logs or evaluates does
-    not change what is learned."""
+    noise and validation have one each, as has an evaluation, so that how often one logs or
+    evaluates does not change what is learned."""
     seeds = np.random.SeedSequence(seed).generate_state(len(devices))
     return [torch.Generator(d).manual_seed(int(s)) for d, s in zip(devices, seeds)]
 
@@ -1591,7 +1616,7 @@ class Run:
         for candidates, label in ((self.config.eval_candidates, name), (1, "cloning")):
             if label == "cloning" and (self.config.eval_candidates == 1 or name == "fql"):
                 return  # it is the row above, or not cloning
-            for execute in (self.config.chunk, 1):
+            for execute in sorted({self.config.chunk, 1}, reverse=True):
                 results = self.evaluator.play(self.agent, each, 1 + self.config.seed, execute,
                                               candidates, stop=self.stop)
                 if results is None:
@@ -1626,7 +1651,8 @@ def train(config, folder, resume):
     with Stop() as stop:
         run = Run(config, folder, agent, dataset, validation, evaluator, stop)
         if resume:
-            run.restore()
+            with must_fit(folder):
+                run.restore()
         run.open_logs()
         settings = {**dataclasses.asdict(config), "data": agent.data_source}
         write_json(folder / "config.json", settings)
@@ -1689,8 +1715,8 @@ SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5
          "ema_rate": 0.02, "learning_rate": 1e-3, "decay": True, "steps": 16_000, "warmup": 0.5,
          "collect": 100, "execute": 10, "log_interval": 250, "eval_interval": 2000,
          "eval_episodes": 20, "save_interval": 2000}
-# What --resume may change: nothing that the parameters depend on at a given step, but for `steps`,
-# which sets the length of a decay.
+# What --resume may change. Of these the parameters at a given step depend only on `steps`, which
+# sets the length of a decay, and on `device`, whose noise is another.
 MAY_CHANGE = {"steps", "device", "log_interval", "eval_interval", "save_interval",
               "eval_episodes", "dataset_dir", "save_dir"}
 
@@ -1828,8 +1854,7 @@ def main(argv=None):
         print(f"error: {error}", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
-        print("stopped before the first step; the same command goes on from what was collected",
-              file=sys.stderr)
+        print("stopped before the first step; what was collected is kept", file=sys.stderr)
         return 130
 
 

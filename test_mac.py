@@ -151,13 +151,18 @@ def test_the_fused_forward_of_cpus_is_the_plain_one(shape, monkeypatch):
         assert plain.dtype == torch.bfloat16 and low.dtype == torch.float32
         assert torch.allclose(low, quick, atol=0.1)
     assert net(x).requires_grad
+    changed = mac.MLP(5, 2, 32)
+    for i in range(1, len(changed.hidden), 3):
+        changed.hidden[i] = torch.nn.ReLU()
+    with torch.no_grad():  # a reader's own activation is not replaced by GELU
+        assert torch.equal(changed(x), changed.output(changed.hidden(x)))
     monkeypatch.setattr(mac, "FUSED", None)
     with torch.no_grad():
         assert torch.equal(net(x), net.output(net.hidden(x)))
 
 
 @pytest.mark.skipif(mac.FUSED is None, reason="needs oneDNN")
-@pytest.mark.parametrize("low, error", [(False, 1e-4), (True, 0.1)])
+@pytest.mark.parametrize("low, error", [(False, 1e-5), (True, 0.03)])
 def test_fixed_weights_give_the_plain_result_and_are_forgotten(low, error):
     net, x = mac.MLP(5, 2, 512), torch.randn(3, 70, 5)
     precision = torch.autocast("cpu", torch.bfloat16, enabled=low)
@@ -167,10 +172,10 @@ def test_fixed_weights_give_the_plain_result_and_are_forgotten(low, error):
         with torch.no_grad():
             plain = net.output(net.hidden(x))  # (3, 70, 2)
             with mac.fixed_weights(net), precision:
-                assert torch.allclose(net(x), plain, atol=error)
+                assert (net(x) - plain).norm() < error * plain.norm()
                 kept = {key: value[0] for key, value in net.laid_out.items()}
                 assert len(kept) == 5 and all(weight.is_mkldnn for weight in kept.values())
-                assert torch.allclose(net(x), plain, atol=error)  # with what was kept
+                assert (net(x) - plain).norm() < error * plain.norm()  # with what was kept
                 assert all(net.laid_out[key][0] is kept[key] for key in kept)
     with pytest.raises(KeyError), mac.fixed_weights(net):
         raise KeyError
@@ -741,6 +746,10 @@ def test_load_gives_an_agent_for_other_programs(trained):
         agent.act(np.zeros(27), np.zeros(3))
     with pytest.raises(ValueError, match="goal .* takes 3"):
         agent.act(np.zeros(28))
+    with pytest.raises(ValueError, match="one goal per observation"):
+        agent.act(np.zeros((4, 28)), np.zeros(3))
+    with pytest.raises(ValueError, match="one goal per observation"):
+        agent.act(np.zeros(28), np.zeros((1, 3)))
 
 
 def test_import_starts_nothing(tmp_path):
@@ -1103,6 +1112,17 @@ def test_resume_refuses_other_data(trained, data_dir, tmp_path, capsys):
     error = failing(capsys, "--env", SINGLE, *TINY, "--dataset-dir", str(tmp_path), "--save-dir",
                     str(trained[SINGLE]), "--resume")
     assert "the data are not those" in error
+
+
+def test_resume_refuses_a_checkpoint_of_other_settings_in_one_line(trained, data_dir, tmp_path,
+                                                                  capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[SINGLE], folder)
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**settings, "width": 24}))
+    error = failing(capsys, "--env", SINGLE, "--dataset-dir", str(data_dir), "--save-dir",
+                    str(folder), "--resume")
+    assert "is of other settings" in error and "size mismatch" in error
 
 
 def test_a_run_folder_is_neither_overwritten_nor_shared(trained, data_dir, capsys):
