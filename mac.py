@@ -250,17 +250,13 @@ class MLP(nn.Module):
         for fan_in in (inputs, width, width, width):
             layers += [nn.Linear(fan_in, width), nn.GELU("tanh"), nn.LayerNorm(width, eps=1e-6)]
         self.hidden, self.output = nn.Sequential(*layers), nn.Linear(width, outputs)
-        self.laid_out = None  # (weight, dtype): what `fixed_weights` keeps of it
         for layer in (*self.hidden, self.output):
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
     def forward(self, *inputs):
-        x = torch.cat(inputs, -1)
-        if can_fuse(self, x):  # what follows, done quicker: change both, or drop these two lines
-            return fused_forward(self, x)
-        x = self.hidden(x)
+        x = run_hidden(self.hidden, torch.cat(inputs, -1))  # self.hidden(...), quicker on CPUs
         # Never in low precision: values between -64 and -128 are 0.5 apart in bfloat16.
         with torch.autocast(x.device.type, enabled=False):
             return self.output(x.float())
@@ -346,7 +342,7 @@ class FlowPolicy(nn.Module):
     def loss(self, batch, rollout, critic, generator):
         observation, goal = batch.observation, batch.actor_goal
         z = self.noise(observation, generator)
-        with torch.no_grad(), low_precision(self.config, z), fixed_weights(self.velocity):
+        with torch.no_grad(), low_precision(self.config, z):
             teacher = self.flow(observation, goal, z)
         return {
             "flow": flow_matching_loss(self.velocity, batch.chunk, observation, goal, generator),
@@ -503,13 +499,12 @@ class Agent(nn.Module):
 
         --precision spares the dynamics: their errors add up along a rollout."""
         observations, chunks = [observation], []
-        with fixed_weights(self):
-            for _ in range(self.config.horizon):
-                with low_precision(self.config, observation):
-                    chunk = self.best_of(self.config.candidates, observation, goal, generator)
-                observation = self.next_observation(observation, chunk)
-                observations.append(observation)
-                chunks.append(chunk)
+        for _ in range(self.config.horizon):
+            with low_precision(self.config, observation):
+                chunk = self.best_of(self.config.candidates, observation, goal, generator)
+            observation = self.next_observation(observation, chunk)
+            observations.append(observation)
+            chunks.append(chunk)
         observations, chunks = torch.stack(observations), torch.stack(chunks)
         goals = goal.expand(len(chunks), *goal.shape)  # (H, B, G)
         with low_precision(self.config, observation):
@@ -1297,50 +1292,19 @@ if torch.backends.mkldnn.is_available() and platform.machine() in ("x86_64", "AM
     FUSED = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
 
 
-def can_fuse(mlp, x):
-    """Whether `fused_forward` computes what `mlp` does: on a CPU, without gradient."""
-    return (FUSED and not torch.is_grad_enabled() and not x.is_cuda
-            and isinstance(mlp.hidden[1], nn.GELU))
-
-
-def fused_forward(mlp, x):
-    """An MLP on a CPU, without gradient: oneDNN applies GELU to each tile of a product while it is
-    in the cache, where PyTorch's own tanh GELU is a slow second pass."""
-    x = x.to(torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype)
-    layer = iter(mlp.hidden)
+def run_hidden(layers, x):
+    """The hidden layers of an MLP. Without gradient on a CPU, oneDNN applies GELU to each tile of
+    a product while it is in the cache, where PyTorch's own tanh GELU is a slow second pass."""
+    if (FUSED is None or torch.is_grad_enabled() or x.is_cuda
+            or not isinstance(layers[1], nn.GELU)):  # changed by a reader
+        return layers(x)
+    dtype = torch.bfloat16 if torch.is_autocast_enabled("cpu") else x.dtype
+    x = x.to(dtype)
+    layer = iter(layers)
     for linear, gelu, norm in zip(layer, layer, layer):  # three at a time; slices build modules
-        x = FUSED(x, *weight_and_bias(mlp, linear, x), "gelu", [], gelu.approximate)
+        x = FUSED(x, linear.weight.to(dtype), linear.bias.to(dtype), "gelu", [], gelu.approximate)
         x = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    x = x.float()  # as in MLP.forward
-    return FUSED(x, *weight_and_bias(mlp, mlp.output, x), "none", [], "")
-
-
-def weight_and_bias(mlp, linear, x):
-    """The parameters of a layer for FUSED and an input x: as they are but for x's precision or,
-    inside `fixed_weights`, what was made of them for the first input."""
-    if mlp.laid_out is None:
-        return linear.weight.to(x.dtype), linear.bias.to(x.dtype)
-    key = linear.weight, x.dtype
-    if key not in mlp.laid_out:
-        weight, rows = linear.weight.to(x.dtype), x.shape[:-1].numel()
-        weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows)  # rows: a hint for speed
-        mlp.laid_out[key] = weight, linear.bias.to(x.dtype)
-    return mlp.laid_out[key]
-
-
-@contextlib.contextmanager
-def fixed_weights(networks):
-    """For networks that are called several times before their weights change: a CPU brings these
-    into oneDNN's own layout once, where each product does it anew. Below width 512 a layout costs
-    more than it saves."""
-    mlps = [m for m in networks.modules() if isinstance(m, MLP) and m.output.in_features >= 512]
-    for mlp in mlps:
-        mlp.laid_out = {}
-    try:
-        yield
-    finally:
-        for mlp in mlps:
-            mlp.laid_out = None
+    return x
 
 
 def make_optimizer(agent):

@@ -161,27 +161,6 @@ def test_the_fused_forward_of_cpus_is_the_plain_one(shape, monkeypatch):
         assert torch.equal(net(x), net.output(net.hidden(x)))
 
 
-@pytest.mark.skipif(mac.FUSED is None, reason="needs oneDNN")
-@pytest.mark.parametrize("low, error", [(False, 1e-5), (True, 0.03)])
-def test_fixed_weights_give_the_plain_result_and_are_forgotten(low, error):
-    net, x = mac.MLP(5, 2, 512), torch.randn(3, 70, 5)
-    precision = torch.autocast("cpu", torch.bfloat16, enabled=low)
-    for _ in range(2):  # the second time with other weights
-        for p in net.parameters():
-            p.data += 0.1 * torch.randn_like(p)
-        with torch.no_grad():
-            plain = net.output(net.hidden(x))  # (3, 70, 2)
-            with mac.fixed_weights(net), precision:
-                assert (net(x) - plain).norm() < error * plain.norm()
-                kept = {key: value[0] for key, value in net.laid_out.items()}
-                assert len(kept) == 5 and all(weight.is_mkldnn for weight in kept.values())
-                assert (net(x) - plain).norm() < error * plain.norm()  # with what was kept
-                assert all(net.laid_out[key][0] is kept[key] for key in kept)
-    with pytest.raises(KeyError), mac.fixed_weights(net):
-        raise KeyError
-    assert net.laid_out is None
-
-
 def test_euler_on_fields_with_known_solutions():
     x_0 = torch.randn(6, 2)
     none = torch.zeros(6, 0)
