@@ -1200,8 +1200,9 @@ def must_fit(run):
     try:
         yield
     except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        first = " ".join(str(error).splitlines()[:2])  # of a line per parameter
         raise MacError(f"the checkpoint in {run} is of other settings or of another version of "
-                       f"this program: {error!r}") from error
+                       f"this program ({type(error).__name__}: {first})") from error
 
 
 def lock(folder, wait=False):
