@@ -1641,6 +1641,7 @@ def train(config, folder, resume):
         if run.step > run.saved:
             run.save(losses)
         if config.small and config.eval_interval and not stop():
+            print("playing the episodes of the final table", flush=True)
             run.final_table()
         if stop():
             rest = "goes on" if run.step < config.steps else "makes the table"
