@@ -1825,4 +1825,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends a collection's workers, too
     sys.exit(main())
