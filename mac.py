@@ -1013,8 +1013,8 @@ def make_dataset(agent, tensors, device):
     observations = agent.normalize_observation(observations)
     goals = observations if whole else agent.normalize_goal(goals)
     if device.type == "cuda":
-        size = sum(t.nbytes for t in (observations, actions, rewards, last))
-        size += 0 if whole else goals.nbytes
+        # A set, since observations and goals may be one tensor.
+        size = sum(t.nbytes for t in {observations, goals, actions, rewards, last})
         if size > torch.cuda.mem_get_info(device)[1] / 2:
             print(f"the dataset ({size / 1e9:.1f} GB) stays in host memory", flush=True)
             device = torch.device("cpu")
