@@ -1,26 +1,618 @@
-"""Evaluate runs of mac.py: everything here needs only the run folder (the model error also needs
-the dataset).
+"""The world of MAC: simulators, the data that can be had from them, episodes, reports. mac.py takes
+from here what training needs; run as a program it evaluates run folders:
 
     python eval.py exp/<run>                                  # success, return, length per task
     python eval.py exp/<run> --candidates 1                   # the cloned behaviour, without Q
     python eval.py exp/<run> --video out.gif                  # watch it (needs EGL or a display)
     python eval.py exp/<run> --plot                           # learning curve, from the CSV files
     python eval.py exp/<run1> exp/<run2> --model-error --plot # Figures 2 and 8 of the paper
+
+It needs only the run folder (the model error also the dataset), and of an agent only `act`.
 """
+import argparse
 import collections
+import concurrent.futures
 import csv
+import difflib
+import fcntl
+import functools
+import http.client
+import io
 import itertools
+import json
+import math
+import multiprocessing
 import os
 import pathlib
-import statistics
+import re
+import shutil
+import signal
+import socket
 import sys
+import tempfile
+import threading
+import zipfile
+import zlib
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
-import mac
 
-# Success rates of MAC in the paper: tasks 1 to 5 (Tables 12 and 13) and their mean.
+# ----------------------------------------------------- what both programs need of a command line
+
+
+class MacError(Exception):
+    """A mistake of the user or a broken file: one line, exit status 2, nothing overwritten."""
+
+    status = 2
+
+
+def command(main):
+    """`main(argv)` as a program: whatever the user has to know is one line, with a status."""
+    @functools.wraps(main)
+    def program(argv=None):
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="replace")  # of a terminal that cannot print a ±
+        try:
+            return main(sys.argv[1:] if argv is None else argv) or 0
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return 130
+        except (MacError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+            text = str(error)
+            if getattr(error, "filename", None):
+                text = f"cannot use {error.filename}: {error.strerror}"
+            print("error:", " ".join(text.split()), file=sys.stderr)
+            return getattr(error, "status", 2)
+    return program
+
+
+def say(*words):
+    """Print at once, above a progress bar. A reader that has gone (`| head`) ends the printing, not
+    the run."""
+    try:
+        tqdm.write(" ".join(words))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Parser(argparse.ArgumentParser):
+    """Underscores in flags are as good as dashes; a mistake is a MacError, which is one line."""
+
+    def parse_args(self, argv):
+        argv = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
+        args, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = re.findall(r"--[\w-]+", self.format_usage())
+            near = [f"the nearest flag is {flag}" for flag in
+                    difflib.get_close_matches(unknown[0], flags, 1)] or ["--help lists the flags"]
+            self.error(f"unknown argument {unknown[0]!r}; {near[0]}")
+        return args
+
+    def error(self, message):
+        raise MacError(message)
+
+
+def number(kind, low=-math.inf, high=math.inf):
+    """An argparse type: `kind` from `low` to `high`."""
+    def convert(text):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        return value
+    convert.__name__ = kind.__name__  # argparse names it in its message
+    return convert
+
+
+# --------------------------------------------------------------------------------------- files
+
+
+def write(path, data, keep=None):
+    """Make `data` (bytes) the file at `path`, whole or not at all; what was there is first renamed
+    to `keep`, if that is given. Raises MacError."""
+    path = pathlib.Path(path).resolve()  # through a link: the link stays
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise MacError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_npz(path, arrays, save=np.savez):
+    buffer = io.BytesIO()
+    save(buffer, **arrays)
+    write(path, buffer.getbuffer())
+
+
+def lock(folder, wait=False):
+    """Make the folder and hold it for this process; refuse or wait while another one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise MacError(f"another process is training in {folder}") from None
+    except OSError:
+        pass  # a file system without locks
+    for leftover in folder.glob(".*.tmp"):  # of a write that was killed
+        leftover.unlink()
+    return file
+
+
+def home(text, flag):
+    """A path that may begin with ~, from `flag`."""
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError as error:
+        raise MacError(f"there is no home folder for {text}: set {flag}") from error
+
+
+# -------------------------------------------------------------------------------------- worlds
+# A world is where an id's tasks, data and episodes come from. WORLDS are asked in turn whether they
+# `knows` an id; what the programs then use of a world are the members of OGBench.
+
+# The state-based datasets that OGBench publishes or has scripted policies for.
+DATASETS = [
+    "cube-single,double,triple,quadruple-play,noisy", "cube-octuple-play", "scene-play,noisy",
+    "puzzle-3x3,4x4,4x5,4x6-play,noisy", "pointmaze-medium,large,giant,teleport-navigate,stitch",
+    "antmaze-medium,large,giant,teleport-navigate,stitch", "antmaze-medium,large,teleport-explore",
+    "humanoidmaze-medium,large,giant-navigate,stitch", "antsoccer-arena,medium-navigate,stitch"]
+VARIANTS = ["", "-oraclerep", "-singletask", *(f"-singletask-task{i}" for i in range(1, 6))]
+OGBENCH_IDS = {"-".join(words) + variant + "-v0" for pattern in DATASETS for variant in VARIANTS
+               for words in itertools.product(*(part.split(",") for part in pattern.split("-")))}
+
+
+def find_world(env_id, goal="task"):
+    """The world of an id. Raises MacError, with the nearest known ids."""
+    for World in WORLDS:
+        if World.knows(env_id):
+            return World(env_id, goal)
+    near = difflib.get_close_matches(env_id, sorted(OGBENCH_IDS), 3, 0.4) or ["cube-double-play-v0"]
+    raise MacError(f"--env: OGBench has no task {env_id!r}; did you mean {' or '.join(near)}?")
+
+
+def import_ogbench():
+    """OGBench and gymnasium, imported late: reading this file as a module starts nothing."""
+    # Without a choice dm_control looks for a display and warns when there is none.
+    renderer = os.environ.setdefault("MUJOCO_GL", "disabled")
+    import gymnasium
+    try:
+        import mujoco  # noqa: F401 it loads the renderer, and raises many kinds if there is none
+        import ogbench
+    except Exception as error:
+        raise MacError(f"OGBench does not start with MUJOCO_GL={renderer} ({error}); unset "
+                       "it to go without rendering, or install what it names (EGL: libegl1)"
+                       ) from error
+
+    gymnasium.logger.min_level = gymnasium.logger.ERROR  # OGBench's action bounds are float64
+    return ogbench, gymnasium
+
+
+class OGBench:
+    """The tasks of an OGBench id. With goal "task" a goal is those coordinates of the goal
+    observation that the task is about (the paper's goals, which OGBench calls oraclerep), with
+    "observation" all of them."""
+
+    knows = OGBENCH_IDS.__contains__
+
+    def __init__(self, env_id, goal="task"):
+        words = [w for w in env_id.split("-")
+                 if w not in ("singletask", "oraclerep") and not re.fullmatch(r"task\d", w)]
+        self.env_id, self.goal, self.family = env_id, goal, words[0]
+        self.fixed = "singletask" in env_id  # a reward fixes the task: there are no goals
+        self.scripted = "play" in words  # OGBench has policies to collect the data with
+        self.dataset = "-".join(words)  # 'cube-double-play-v0'
+        self.simulator = "-".join(words[:-2] + words[-1:])  # 'cube-double-v0'
+        if "oraclerep" in env_id and goal != "task":
+            raise MacError(f"--goal {goal}: {env_id} has task goals; take {self.dataset}")
+
+    @functools.cached_property
+    def env(self):
+        """One environment, which takes a second to build."""
+        return self.make()
+
+    @property
+    def sizes(self):
+        """O and A."""
+        return self.env.observation_space.shape[0], self.env.action_space.shape[0]
+
+    @functools.cached_property
+    def tasks(self):
+        if self.fixed:
+            self.env.reset()
+            return [self.env.unwrapped.cur_task_id]
+        return list(range(1, self.env.unwrapped.num_tasks + 1))
+
+    @property
+    def columns(self):
+        """The coordinates of an observation that make it a goal; none where the task is fixed."""
+        end = self.sizes[0]
+        if self.fixed:
+            return []
+        if self.goal == "observation":
+            return list(range(end))
+        if self.family == "cube":  # 19 of the arm, then 9 a cube, position first
+            return [column for cube in range(19, end, 9) for column in range(cube, cube + 3)]
+        return {"scene": [19, 20, 21, 29, 33, 36, 38],  # cube, two buttons, drawer, window
+                "puzzle": list(range(20, end, 4)),  # whether each button is on
+                "antsoccer": [15, 16]}.get(self.family, [0, 1])  # the ball; the ant itself
+
+    def make(self):
+        """An environment whose `reset` can be seeded: OGBench draws a few actions from an action
+        space that it builds, unseeded, at each access, so here it is built once."""
+        ogbench, _ = import_ogbench()
+        env = ogbench.make_env_and_datasets(self.env_id, env_only=True)
+        base = env.unwrapped
+        base.__class__ = type(type(base).__name__, (type(base),),
+                              {"action_space": base.action_space})
+        return env
+
+    def reset(self, env, task, seed):
+        """Begin a task -> observation (O,), goal (G,) or whole goal observation (O,)."""
+        env.unwrapped.action_space.seed(seed)
+        np.random.seed(seed)  # mazes draw the noise of a start from NumPy's global stream
+        observation, info = env.reset(seed=seed, options={"task_id": task})
+        return observation, np.zeros(0) if self.fixed else info["goal"]
+
+    def find(self, folder, collect, obtain=True):
+        """The training file (its sibling '-val.npz' is validation): the collected one if `collect`
+        says how many episodes, else OGBench's, which is downloaded or, failing that, collected
+        too. Without `obtain` only what is in the folder already.
+        -> path, where the data came from in a line, and the number of collected episodes."""
+        official = folder / f"{self.dataset}.npz"
+        files = official, validation_file(official)
+        if obtain and not collect and not all(file.exists() for file in files):
+            try:
+                download(self.dataset, folder)
+            except (*DAMAGE, http.client.HTTPException, MacError) as error:
+                reason = f"the download of {self.dataset} failed: {error}"
+                if any(file.exists() for file in files) or not self.scripted:
+                    raise MacError(f"{reason}; put {official.name} and {files[1].name} into "
+                                   f"{folder}") from error
+                collect = COLLECTED_EPISODES
+                say(f"WARNING: {reason}\nWARNING: using {collect} episodes collected with "
+                    "OGBench's scripted policies instead (--collect N for another number)")
+        if not collect:
+            return official, f"OGBench's file {official.name}", 0
+        path = folder / f"{self.dataset}-collected{collect}.npz"
+        if obtain and not (path.exists() and validation_file(path).exists()):
+            collect_data(path, self.simulator, collect)
+        return path, (f"{collect} episodes collected with OGBench's scripted policies "
+                      f"({path.name})"), collect
+
+    def arrays(self, path, chunk):
+        """A data file, checked -> observations (T, O), actions (T, A), ends (K,) the index of each
+        trajectory's last state, rewards (T,) or None where goals take their place."""
+        observation, action = self.sizes
+        widths = {"observations": observation, "actions": action}
+        if self.fixed:  # OGBench makes the rewards of the simulator's states
+            widths["qpos"] = self.env.unwrapped.model.nq
+            if self.family in ("scene", "puzzle"):
+                widths["button_states"] = {"scene": 2}.get(self.family, (observation - 19) // 4)
+        data, ends = read_data(path, widths, chunk)
+        if self.fixed:
+            from ogbench.relabel_utils import relabel_dataset
+            relabel_dataset(self.env_id, self.env, data)
+        return data["observations"], data["actions"], ends, data.get("rewards")
+
+
+WORLDS = [OGBench]
+
+
+# ------------------------------------------------------------------------------- data: files
+
+
+# What reading a damaged .npz raises: its zip checksums are verified while it is read.
+DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
+END_KEYS = ("terminals", "timeouts", "truncations", "terminations", "dones")
+
+
+def validation_file(path):
+    """OGBench's name of the file of validation episodes beside a training file."""
+    return path.with_name(path.name.replace(".npz", "-val.npz"))
+
+
+def download(name, folder):
+    """OGBench's own download, into a temporary folder: it renames a short file without
+    complaint, so only a file whose zip checksums hold gets its final name."""
+    ogbench, _ = import_ogbench()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
+        timeout = socket.getdefaulttimeout()
+        socket.setdefaulttimeout(30)  # seconds without a byte
+        try:
+            ogbench.download_datasets([name], temporary)
+        finally:
+            socket.setdefaulttimeout(timeout)
+        training = pathlib.Path(temporary) / f"{name}.npz"
+        files = (validation_file(training), training)
+        for file in files:
+            if zipfile.ZipFile(file).testzip():
+                raise MacError(f"{file.name} arrived damaged")
+        for file in files:
+            if not (folder / file.name).exists():  # what is there stays
+                os.replace(file, folder / file.name)
+
+
+def read_npz(path, names=()):
+    """The arrays of an .npz file: those of `names` that it has, or all. Raises MacError."""
+    name = "it"
+    try:
+        with np.load(path) as file:
+            arrays = {}
+            for name in [name for name in names or file if name in file]:
+                arrays[name] = file[name]
+            return arrays
+    except FileNotFoundError as error:
+        raise MacError(f"{path} is not there: put it there, or set --dataset-dir") from error
+    except OSError as error:
+        raise MacError(f"cannot read {path}: {error.strerror or error}") from error
+    except (*DAMAGE, ValueError, TypeError) as error:
+        raise MacError(f"{path} is damaged or not such a file: {name} cannot be read ({error}); "
+                       "put a good copy in its place") from error
+
+
+def read_data(path, widths, chunk):
+    """The arrays of a data file whose names and columns are `widths`, as float32, and the index of
+    each trajectory's last state. Raises MacError, which names the file, the key and the index,
+    unless they are numbers, finite and in range, and a trajectory is longer than `chunk`."""
+    arrays = read_npz(path, [*widths, *END_KEYS])
+    ends = [key for key in END_KEYS if key in arrays]
+    missing = [key for key in widths if key not in arrays] or ([] if ends else ["terminals"])
+    if missing:
+        raise MacError(f"{path}: has no array {missing[0]!r}")
+    rows = np.shape(arrays["observations"])[:1]
+    for key, array in arrays.items():
+        fault = find_fault(key, array, *rows, widths.get(key))
+        if fault:
+            raise MacError(f"{path}: {key}{fault}")
+        arrays[key] = array.astype(np.float32, copy=False)
+    end = np.flatnonzero(np.any([arrays.pop(key) for key in ends], axis=0))
+    if not len(end) or end[-1] + 1 != rows[0]:
+        raise MacError(f"{path}: {ends[0]}[{rows[0] - 1}] is not set: the last trajectory is cut "
+                       "off")
+    if np.diff(end, prepend=-1).max() <= chunk:
+        raise MacError(f"{path}: no trajectory is longer than a chunk ({chunk} actions)")
+    return arrays, end
+
+
+def find_fault(key, array, rows, width):
+    """What is wrong with an array of a data file, or None."""
+    if array.dtype.kind not in "fiub":
+        return f" holds {array.dtype}, not numbers"
+    if array.ndim != (2 if width else 1):
+        return f" has shape {array.shape}"
+    if len(array) != rows:
+        return f" has {len(array)} rows where observations has {rows}"
+    if width and array.shape[1] != width:
+        return f" has {array.shape[1]} columns; this environment's has {width}"
+    with np.errstate(over="ignore"):
+        array = array.astype(np.float32, copy=False)  # what is too large for it is infinite
+    bad = []
+    if not np.isfinite(array.sum(dtype=np.float64)):  # needs no memory; an index for the message
+        bad = np.argwhere(~np.isfinite(array))
+    elif key == "actions" and rows and max(array.max(), -array.min()) > 1.1:
+        bad = np.argwhere(np.abs(array) > 1.1)
+    if len(bad):
+        return f"{bad[0].tolist()} is {array[tuple(bad[0])]}, not a number in " + (
+            "[-1, 1]" if key == "actions" else "float32's range")
+
+
+# -------------------------------------------------------------------------- data: collection
+
+
+INFO_KEYS = ("qpos", "qvel", "button_states")  # what rewards are made from
+COLLECTED_EPISODES = 1000  # OGBench's size; a tenth as many again for validation
+EPISODE_STEPS = 1001
+
+
+def collect_data(path, name, episodes, workers=None, seed=0):
+    """Collect `episodes` training and a tenth as many validation episodes of simulator `name` into
+    `path` and its '-val' sibling, over all cores; the same data for any `workers`. Episodes wait in
+    a folder beside them, so that an interrupted collection goes on where it was."""
+    parts = path.with_name(f".{path.stem}-episodes")
+    with lock(parts, wait=True):  # a second process would collect the same
+        if not (path.exists() and validation_file(path).exists()):
+            targets = [(path, "", episodes), (validation_file(path), "-val", -(-episodes // 10))]
+            files = {target: [parts / f"{seed}{suffix}-{i}.npz" for i in range(count)]
+                     for target, suffix, count in targets}
+            collect_episodes([(file, name, (seed, split, i)) for split, group in
+                              enumerate(files.values()) for i, file in enumerate(group)], workers)
+            for target in reversed(files):  # training last: it stands for both
+                episodes = [read_npz(file) for file in files[target]]
+                write_npz(target, {key: np.concatenate([e[key] for e in episodes])
+                                   for key in episodes[0]}, np.savez_compressed)
+        shutil.rmtree(parts, ignore_errors=True)  # gone already if another process was first
+
+
+def collect_episodes(jobs, workers=None):
+    """Run `collect_episode` for every job, over all cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = min(workers or cores, len(jobs))
+    say(f"collecting {len(jobs)} episodes of {jobs[0][1]} in {workers} processes")
+    # Fresh interpreters: a fork of a process that has run torch's threads may hang.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, context, start_worker) as pool:
+        try:
+            done = [pool.submit(collect_episode, *job) for job in jobs]
+            for future in tqdm(done, "collecting", unit="episode", disable=None):
+                future.result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise MacError("a process of the collection was killed, perhaps for want of memory: "
+                           "the same command goes on with what it has") from error
+        except BaseException:  # leaving the pool would wait for the episodes already begun
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
+
+
+def start_worker():
+    """A worker leaves interrupts to its parent, and ends when the parent does, however it does."""
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def collect_episode(path, name, seeds):
+    """Put an episode of OGBench's play data by its scripted policies into `path`, unless it is
+    there already: (1001, ...) arrays that depend on simulator `name` and `seeds` alone."""
+    for attempt in range(0 if path.exists() else 100):
+        data = run_oracle(name, np.random.SeedSequence((*seeds, attempt)))
+        if "scene" in name:  # as OGBench does: its cube stays in view, unless in the drawer
+            _, y, z = data["qpos"][:, 14:17].T
+            if ((y >= 0.29) | ((y <= -0.3) & ((z < 0.06) | (z > 0.08)))).any():
+                continue
+        return write_npz(path, data)
+
+
+@functools.cache
+def oracle_env(name):
+    """The environment in data collection mode and its oracle for each kind of task."""
+    _, gymnasium = import_ogbench()
+    from ogbench.manipspace.oracles.plan import button_plan, cube_plan, drawer_plan, window_plan
+
+    env = gymnasium.make(name, mode="data_collection", terminate_at_goal=False,
+                         max_episode_steps=EPISODE_STEPS)
+    noise = {"env": env, "noise": 0.1, "noise_smoothing": 0.5}
+    oracles = {
+        "cube": cube_plan.CubePlanOracle(**noise),
+        "button": button_plan.ButtonPlanOracle(gripper_always_closed="puzzle" in name, **noise),
+        "drawer": drawer_plan.DrawerPlanOracle(**noise),
+        "window": window_plan.WindowPlanOracle(**noise),
+    }
+    return env, oracles
+
+
+def run_oracle(name, seed_sequence):
+    """One episode -> dict of arrays. The oracles draw from NumPy's global stream: seeded too."""
+    env, oracles = oracle_env(name)
+    env_seed, np_seed = map(int, seed_sequence.generate_state(2))
+    np.random.seed(np_seed)
+    observation, info = env.reset(seed=env_seed)
+    # How often cubes are stacked varies by episode and with the number of cubes.
+    low, high = {"single": (0, 0), "double": (0, 0.25), "triple": (0.05, 0.35),
+                 "quadruple": (0.1, 0.5), "octuple": (0, 0.35)}.get(name.split("-")[1], (0.5, 0.5))
+    stacking = np.random.uniform(low, high)
+    oracle = oracles[info["privileged/target_task"]]
+    oracle.reset(observation, info)
+    steps, done = collections.defaultdict(list), False
+    while not done:
+        action = np.clip(oracle.select_action(observation, info), -1, 1)
+        following, _, terminated, truncated, info = env.step(action)
+        done = terminated or truncated
+        row = {"observations": observation, "actions": action, "terminals": done}
+        row.update({key: info["prev_" + key] for key in INFO_KEYS if "prev_" + key in info})
+        for key, value in row.items():
+            steps[key].append(value)
+        if oracle.done:
+            new_observation, new_info = env.unwrapped.set_new_target(p_stack=stacking)
+            oracle = oracles[new_info["privileged/target_task"]]
+            oracle.reset(new_observation, new_info)
+        observation = following
+    dtypes = {"terminals": bool, "button_states": np.int64}
+    return {key: np.array(values, dtypes.get(key, np.float32)) for key, values in steps.items()}
+
+
+# ------------------------------------------------------------------------------------ episodes
+
+
+class Evaluator:
+    """Plays episodes of a world's tasks; environments are built once (a second each), and
+    `environments` of them are stepped side by side."""
+
+    def __init__(self, world, environments=5):
+        self.world, self.envs, self.environments = world, [world.env], environments
+
+    def play(self, agent, episodes, seed=0, execute=None, candidates=None,
+             on_step=lambda episode: None, stop=lambda: False):
+        """Run `episodes` episodes of every task, each a function of (seed, task, episode) and
+        the agent's noise (teleporting mazes excepted: they draw from NumPy's global stream).
+        All environments that need a chunk share one policy call; MuJoCo lets go of the
+        interpreter, so threads step them in parallel. `on_step` sees each Episode after each of
+        its steps.
+
+        Returns: {task: list of (success, return, length)}, or None if `stop()` turned true.
+        """
+        execute = min(execute or agent.config.execute, agent.config.chunk)
+        jobs = collections.deque((t, e) for t in self.world.tasks for e in range(episodes))
+        while len(self.envs) < min(self.environments, len(jobs)):
+            self.envs.append(self.world.make())
+        generator = torch.Generator(agent.device).manual_seed(seed)
+        results = {task: [] for task in self.world.tasks}
+        active = [Episode(self.world, env, *jobs.popleft(), seed) for env in self.envs if jobs]
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+            while active and not stop():
+                idle = [episode for episode in active if not episode.plan]
+                if idle:
+                    chunks = agent.act(np.stack([e.observation for e in idle]),
+                                       np.stack([e.goal for e in idle]), candidates, generator)
+                    for episode, chunk in zip(idle, chunks):
+                        episode.plan = list(chunk[:execute])
+                list(threads.map(Episode.step, active))
+                for i, episode in enumerate(active):
+                    on_step(episode)
+                    if episode.done:
+                        results[episode.task].append(
+                            (episode.success, episode.reward, episode.length))
+                        active[i] = (Episode(self.world, episode.env, *jobs.popleft(), seed)
+                                     if jobs else None)
+                active = [episode for episode in active if episode]
+        return None if active else results
+
+
+class Episode:
+    """An episode under way and the actions still to be executed of its current chunk."""
+
+    def __init__(self, world, env, task, number, seed):
+        self.env, self.task, self.number = env, task, number
+        self.plan, self.reward, self.length = [], 0.0, 0
+        self.success = self.done = False
+        state = np.random.SeedSequence((seed, task, number)).generate_state(1)
+        self.observation, self.goal = world.reset(env, task, int(state[0]))
+
+    def step(self):
+        action = self.plan.pop(0)
+        self.observation, reward, terminated, truncated, info = self.env.step(action)
+        self.reward += float(reward)
+        self.length += 1
+        self.success = self.success or bool(info["success"])
+        self.done = terminated or truncated
+
+
+def summarize(results):
+    """{task: list of (success, return, length)} -> {"task1": {"success", "stderr", "return",
+    "length", "episodes"}, ..., "overall": ...}; the standard error is binomial."""
+    rows = {f"task{task}": episodes for task, episodes in results.items()}
+    rows["overall"] = [episode for episodes in results.values() for episode in episodes]
+    table = {}
+    for name, episodes in rows.items():
+        success, total, length = np.mean(episodes, 0).tolist()
+        stderr = math.sqrt(success * (1 - success) / len(episodes))
+        table[name] = {"success": success, "stderr": stderr, "return": total, "length": length,
+                       "episodes": len(episodes)}
+    return table
+
+
+# -------------------------------------------------------------------------------------- report
+
+
+# Success rates of MAC in the paper: tasks 1 to 5 (Tables 12 and 13) and their mean. A plain id
+# has the task goals of the paper's -oraclerep- ids.
 PAPER = {
     "cube-single-play-singletask": "100±0 100±0 98±3 98±3 97±7 99±2",
     "cube-double-play-singletask": "82±15 50±12 55±10 28±8 50±9 53±4",
@@ -36,55 +628,46 @@ PAPER = {
 }
 
 
-# What the learning curve shows on its logarithmic axis.
-LOSSES = ("flow", "distill", "dynamics", "reward", "success", "value", "critic")
-
-
-def paper_numbers(env_id, tasks):
+def paper_numbers(world):
     """{task name: the paper's success in percent}; empty where the paper has none."""
-    words = [w for w in env_id.split("-")[:-1] if not (w[:4] == "task" and w[4:].isdigit())]
-    numbers = PAPER.get("-".join(words), "").split()
+    kind = "singletask" if world.fixed else "oraclerep" if world.goal == "task" else "none"
+    numbers = PAPER.get(f"{world.dataset[:-3]}-{kind}", "").split()
     if not numbers:
         return {}
-    table = {f"task{task}": numbers[task - 1] for task in tasks}
-    table["overall"] = numbers[5] if len(tasks) > 1 else numbers[tasks[0] - 1]
-    return table
+    table = {f"task{task}": numbers[task - 1] for task in world.tasks}
+    return {**table, "overall": numbers[world.tasks[0] - 1 if world.fixed else 5]}
 
 
-def evaluate(run, args):
+def evaluate(run, agent, args):
     """Play episodes, print the table. -> the dictionary that --json writes"""
-    agent = mac.load(run, mac.set_up_device(args.device or "auto"))
-    config = agent.config
+    config, world = agent.config, find_world(agent.config.env, agent.config.goal)
     execute = args.execute or config.execute
     if execute > config.chunk:
-        raise mac.MacError(f"--execute {execute}: the chunks of {run} have {config.chunk} actions")
+        raise MacError(f"--execute {execute}: the chunks of {run} have {config.chunk} actions")
     candidates = args.candidates or config.eval_candidates
     episodes = args.episodes or config.eval_episodes
     seed = args.seed or 0
-    evaluator = mac.Evaluator(config.env)
     frames = collections.defaultdict(list)
 
     def record(episode):  # a third of the frames, about as fast as it happened
-        if episode.number == 0 and (episode.length % 3 == 1 or episode.done):
+        if args.video and episode.number == 0 and (episode.length % 3 == 1 or episode.done):
             frames[episode.task].append(render(episode.env))
 
     if args.video:
-        evaluator.envs[0].reset()
-        render(evaluator.envs[0])  # an error now rather than after the first chunk
-    results = evaluator.play(agent, episodes, seed, execute, candidates,
-                             record if args.video else lambda episode: None)
-    table = mac.summarize(results)
-    paper = paper_numbers(config.env, evaluator.tasks) if config.policy == "flow" else {}
-    print(f"{run}: {config.env}, step {agent.step}, trained on {agent.data_source}")
-    proposals = f"{config.policy} policy" + " without distillation" * config.eval_flow
-    print(f"{proposals}, best of {candidates}, {execute} of the {config.chunk} actions of each "
-          f"chunk executed, seed {seed}; {latency(agent, candidates):.1f} ms per decision "
-          f"for one observation on {agent.normalize_observation.middle.device.type}")
-    print(f"{'':8} {'success':>12} {'episodes':>9} {'return':>9} {'length':>7}   paper "
-          "(N = 32, 1 action)")
+        world.env.reset()
+        render(world.env)  # an error now rather than after the first chunk
+    results = Evaluator(world).play(agent, episodes, seed, execute, candidates, record)
+    table = summarize(results)
+    paper = paper_numbers(world) if config.policy == "flow" else {}
+    say(f"{run}: {config.env}, step {agent.step}, trained on {agent.data_source}")
+    say(f"{config.policy} policy{', proposals of the flow itself' if config.eval_flow else ''}, "
+        f"best of {candidates}, {execute} of the {config.chunk} actions of each chunk executed, "
+        f"seed {seed}, on {agent.device.type}")
+    say(f"{'':8} {'success':>12} {'episodes':>9} {'return':>9} {'length':>7}   paper "
+        "(N = 32, 1 action)")
     for name, row in table.items():
-        print(f"{name:8} {row['success']:6.1%} ±{row['stderr']:5.1%} {row['episodes']:9} "
-              f"{row['return']:9.1f} {row['length']:7.1f}   {paper.get(name, '-')}")
+        say(f"{name:8} {row['success']:6.1%} ±{row['stderr']:5.1%} {row['episodes']:9} "
+            f"{row['return']:9.1f} {row['length']:7.1f}   {paper.get(name, '-')}")
         del row["episodes"]
     if args.video:
         write_video(args.video, [frame for task in sorted(frames) for frame in frames[task]])
@@ -94,124 +677,104 @@ def evaluate(run, args):
             "overall": overall}
 
 
-def latency(agent, candidates):
-    """Median milliseconds to choose a chunk for a single observation."""
-    def act():
-        agent.act(np.zeros(agent.sizes[0]), np.zeros(agent.sizes[1]), candidates)
-
-    return 1e3 * statistics.median(mac.timed(act, 20, agent.normalize_observation.middle.device))
-
-
-# ------------------------------------------------------------------------------ model error
-
-
 @torch.no_grad()
 def model_error(agent, dataset, steps, trajectories=2000):
     """Mean squared error of the dynamics model, in normalised units, along logged trajectories
     of `steps` environment steps whose recorded actions are replayed chunk by chunk.
 
-    Args: dataset: a ChunkDataset; up to `trajectories` evenly spaced starts of it are used.
+    Args: dataset: a mac.ChunkDataset; up to `trajectories` evenly spaced starts of it are used.
     Returns: list of (environment steps, error), one per chunk, beginning with (0, 0).
-    Raises: mac.MacError if no trajectory is that long.
+    Raises: MacError if no trajectory is that long.
     """
     n = agent.config.chunk
-    index = torch.arange(len(dataset.last), device=dataset.last.device)
-    starts = index[index + steps // n * n <= dataset.last]
+    index = torch.arange(len(dataset.observations))
+    last = dataset.ends[torch.searchsorted(dataset.ends, index)]
+    starts = index[index + steps // n * n <= last]
     if not len(starts) or steps < n:
-        raise mac.MacError(f"--model-error-steps {steps}: needs at least one chunk ({n} actions) "
-                           "and a trajectory of that length")
+        raise MacError(f"--model-error-steps {steps}: needs at least one chunk ({n} actions) "
+                       "and a trajectory of that length")
     starts = starts[torch.linspace(0, len(starts) - 1, min(trajectories, len(starts))).long()]
-    prediction, errors = dataset.observations[starts], [(0, 0.0)]
+    prediction, errors = None, [(0, 0.0)]
     for step in range(0, steps // n * n, n):
-        chunk = dataset.actions[starts[:, None] + step + dataset.offsets].flatten(1)
-        prediction = agent.next_observation(prediction, chunk)
-        truth = dataset.observations[starts + step + n]
-        errors.append((step + n, (prediction - truth).square().mean().item()))
+        batch = agent.normalize(dataset.batch(starts + step, torch.Generator()))
+        prediction = agent.next_observation(batch.observation if prediction is None
+                                            else prediction, batch.chunk)
+        errors.append((step + n, (prediction - batch.next_observation).square().mean().item()))
     return errors
 
 
-def compare_model_errors(args):
+def compare_model_errors(mac, args):
     """Print, write (RUN/model_error.csv) and plot the model error of every run."""
-    plt = pyplot() if args.plot is not None else None
-    curves = {}
+    picture, (panel,) = figure() if args.plot is not None else (None, (None,))
+    say("mean squared error of the dynamics model (normalised units, validation split)")
     for run in args.runs:
         agent = mac.load(run)
-        config = agent.config
-        if args.dataset_dir:
-            config.dataset_dir = args.dataset_dir
-        path, _ = mac.find_data(config, obtain=False)
-        _, validation = mac.load_data(config, path, mac.make_env(config.env))
-        dataset = mac.make_dataset(agent, mac.to_tensors(validation, config.env),
-                                   torch.device("cpu"))
+        config, world = agent.config, find_world(agent.config.env, agent.config.goal)
+        folder = home(args.dataset_dir or config.dataset_dir, "--dataset-dir")
+        path, *_ = world.find(folder, config.collect, obtain=False)
+        arrays = world.arrays(validation_file(path), config.chunk)
+        dataset = mac.make_dataset(arrays, agent.columns.tolist(), config)
         curve = model_error(agent, dataset, args.model_error_steps or 100)
-        label = f"n = {config.chunk}, {run}" if len(args.runs) > 1 else f"n = {config.chunk}"
-        curves[label] = curve
-        with mac.atomic_write(pathlib.Path(run) / "model_error.csv") as file:
-            file.write("".join(["steps,mse\n"] + [f"{s},{e}\n" for s, e in curve]).encode())
-    print("mean squared error of the dynamics model (normalised units, validation split)")
-    for label, curve in curves.items():
+        text = "".join(["steps,mse\n"] + [f"{s},{e}\n" for s, e in curve])
+        write(pathlib.Path(run) / "model_error.csv", text.encode())
         shown = [c for c in curve if c[0] and c[0] % 25 == 0] or curve[1:]
-        print(f"{label:40}", "  ".join(f"{s} steps: {e:.4g}" for s, e in shown))
-    if plt:
-        for label, curve in curves.items():
-            plt.plot(*zip(*curve[1:]), marker="." if len(curve) < 30 else "", label=label)
-        plt.xlabel("environment steps"), plt.ylabel("mean squared error"), plt.yscale("log")
-        plt.legend()
-        save_plot(plt, args.plot or pathlib.Path(args.runs[0]) / "model_error.png")
+        label = f"n = {config.chunk}, {run}"
+        say(f"{label:40}", "  ".join(f"{s} steps: {e:.4g}" for s, e in shown))
+        if picture:
+            panel.plot(*zip(*curve[1:]), marker="." if len(curve) < 30 else "", label=label)
+    if picture:
+        panel.set(xlabel="environment steps", ylabel="mean squared error", yscale="log")
+        panel.legend(fontsize=7)
+        save_figure(picture, args.plot or pathlib.Path(args.runs[0]) / "model_error.png")
 
 
-# ------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------ pictures
 
 
 def render(env):
     try:
         return env.render()
     except Exception as error:  # mujoco raises several kinds where there is no renderer
-        raise mac.MacError(f"--video: cannot render here ({error}); install EGL (libegl1), or set "
-                           "MUJOCO_GL to a renderer that is installed") from error
+        raise MacError(f"--video: cannot render here ({error}); install EGL (libegl1), or set "
+                       "MUJOCO_GL to a renderer that is installed") from error
 
 
 def write_video(path, frames):
     import imageio.v3  # comes with ogbench
 
-    with mac.atomic_write(path) as file:
-        imageio.v3.imwrite(file, np.stack(frames), extension=".gif", duration=50, loop=0)
-    print(f"wrote {path} ({len(frames)} frames)")
+    data = imageio.v3.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=50, loop=0)
+    write(path, data)
+    say(f"wrote {path} ({len(frames)} frames)")
 
 
-def pyplot():
+def figure(panels=1):
+    """matplotlib's figure and its panels side by side."""
     try:
-        import matplotlib
+        import matplotlib.figure
     except ImportError:
-        raise mac.MacError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+        raise MacError("--plot needs matplotlib: pip install matplotlib") from None
+    figure = matplotlib.figure.Figure((4.5 * panels, 3.2), layout="tight")
+    return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
-def save_plot(plt, path):
-    with mac.atomic_write(path) as file:
-        plt.tight_layout()
-        plt.savefig(file, dpi=120, format="png")
-    print(f"wrote {path}")
+def save_figure(figure, path):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120, format="png")
+    write(path, buffer.getbuffer())
+    say(f"wrote {path}")
 
 
-def read_csv(path):
-    if not path.exists():
-        return []
-    with open(path, newline="", errors="replace") as file:
-        return list(csv.DictReader(file))
+# What the learning curve shows on its logarithmic axis.
+LOSSES = ("flow", "distill", "dynamics", "reward", "success", "value", "critic")
 
 
 def plot_curves(args):
     """Success (eval.csv) and losses (train.csv) over gradient steps."""
-    runs = {pathlib.Path(run): read_csv(pathlib.Path(run) / "train.csv") for run in args.runs}
+    runs = {run: read_csv(run / "train.csv") for run in map(pathlib.Path, args.runs)}
     for run, rows in runs.items():
         if not rows:
-            raise mac.MacError(f"{run / 'train.csv'} is not there or has no rows: nothing to plot")
-    plt = pyplot()
-    figure, (success, losses) = plt.subplots(1, 2, sharex=True, figsize=(9, 3.2))
+            raise MacError(f"{run / 'train.csv'} is not there or has no rows: nothing to plot")
+    picture, (success, losses) = figure(2)
     for (run, rows), style in zip(runs.items(), itertools.cycle(("-", "--", ":", "-."))):
         for color, name in enumerate(LOSSES):
             kept = [row for row in rows if row.get(name)]  # blank in the warmup
@@ -227,19 +790,29 @@ def plot_curves(args):
     for panel in (success, losses):
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=7)
-    save_plot(plt, args.plot or pathlib.Path(args.runs[0]) / "curve.png")
+    save_figure(picture, args.plot or pathlib.Path(args.runs[0]) / "curve.png")
+
+
+def read_csv(path):
+    if not path.exists():
+        return []
+    with open(path, newline="", errors="replace") as file:
+        return list(csv.DictReader(file))
+
+
+# -------------------------------------------------------------------------------- command line
 
 
 def parse(argv):
-    parser = mac.Parser("eval.py", description="Evaluate runs of mac.py.")
-    positive = mac.number(int, 1)
+    parser = Parser("eval.py", allow_abbrev=False, description="Evaluate runs of mac.py.")
+    positive = number(int, 1)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument("--episodes", type=positive, help="per task; default the run's setting")
     parser.add_argument("--execute", type=positive, help="actions executed of each chunk; default "
                         "the run's setting")
     parser.add_argument("--candidates", type=positive, help="N; 1 is the cloned behaviour; default "
                         "the run's setting")
-    parser.add_argument("--seed", type=mac.number(int, 0), help="of the episodes (default: 0)")
+    parser.add_argument("--seed", type=number(int, 0), help="of the episodes (default: 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"),
                         help="where to run the networks (default: auto)")
     parser.add_argument("--video", metavar="OUT.gif", help="the first episode of each task")
@@ -256,50 +829,47 @@ def parse(argv):
 
 def check(args):
     """Refuse, before any work, what would be ignored or could not be written."""
-    name = "--model-error" if args.model_error else "--plot" if args.plot is not None else None
-    for flag in ("json", "video", "episodes", "execute", "candidates", "seed", "device"):
-        if name and getattr(args, flag) is not None:
-            raise mac.MacError(f"--{flag} does not go with {name}: run eval.py twice")
-    for flag in ("model_error_steps", "dataset_dir"):
-        if not args.model_error and getattr(args, flag) is not None:
-            raise mac.MacError(f"--{flag.replace('_', '-')} is for --model-error")
-    for flag in ("json", "video"):
-        if getattr(args, flag) and len(args.runs) > 1:
-            raise mac.MacError(f"--{flag} takes a single run")
+    mode = "--model-error" if args.model_error else "--plot" if args.plot is not None else None
+    takes = {"--model-error": {"plot", "model_error", "model_error_steps", "dataset_dir"},
+             "--plot": {"plot"},
+             None: {"episodes", "execute", "candidates", "seed", "device", "video", "json"}}[mode]
+    for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        if name not in takes | {"runs"} and value is not None and value is not False:
+            raise MacError(f"{flag} does not go with {mode}: run eval.py twice" if mode
+                           else f"{flag} is for --model-error")
+        if name in ("json", "video") and value and len(args.runs) > 1:
+            raise MacError(f"{flag} takes a single run")
+        if name in ("json", "video", "plot") and value:
+            folder = pathlib.Path(value).absolute().parent
+            if not os.access(folder, os.W_OK) or pathlib.Path(value).is_dir():
+                raise MacError(f"cannot write {value}: name a file in a folder that exists")
     if args.video and not args.video.endswith(".gif"):
-        raise mac.MacError(f"--video {args.video}: the name must end in .gif")
-    for output in filter(None, (args.json, args.video, args.plot)):
-        folder = pathlib.Path(output).absolute().parent
-        if not os.access(folder, os.W_OK) or pathlib.Path(output).is_dir():
-            raise mac.MacError(f"cannot write {output}: name a file in a folder that exists")
+        raise MacError(f"--video {args.video}: the name must end in .gif")
 
 
-def main(argv=None):
-    try:
-        args = parse(argv)
-        check(args)
-        if args.model_error:
-            compare_model_errors(args)
-        elif args.plot is not None:
-            try:
-                plot_curves(args)
-            except (ValueError, KeyError, TypeError) as error:
-                raise mac.MacError(f"a CSV file of the run is damaged: {error!r}") from error
-        else:
-            if args.video and sys.platform == "linux":  # chosen before mujoco is imported
-                os.environ.setdefault("MUJOCO_GL", "egl")
-            for run in args.runs:
-                report = evaluate(run, args)
-            if args.json:
-                mac.write_json(pathlib.Path(args.json), report)
-        return 0
-    except mac.MacError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.status
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+@command
+def main(argv):
+    args = parse(argv)
+    check(args)
+    import mac  # which imports this file: only a program needs both
+
+    if args.model_error:
+        compare_model_errors(mac, args)
+    elif args.plot is not None:
+        try:
+            plot_curves(args)
+        except (ValueError, KeyError, TypeError) as error:
+            raise MacError(f"a CSV file of the run is damaged: {error!r}") from error
+    else:
+        if args.video and sys.platform == "linux":  # chosen before mujoco is imported
+            os.environ.setdefault("MUJOCO_GL", "egl")
+        for run in args.runs:
+            report = evaluate(run, mac.load(run, mac.set_up_device(args.device or "auto")), args)
+        if args.json:
+            write(args.json, (json.dumps(report, indent=2) + "\n").encode())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import eval  # the module that mac.py imports, not a second copy of it
+    sys.exit(eval.main())
