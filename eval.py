@@ -772,7 +772,7 @@ def plot_curves(args):
     """Success (eval.csv) and losses (train.csv) over gradient steps."""
     runs = {run: read_csv(run / "train.csv") for run in map(pathlib.Path, args.runs)}
     for run, rows in runs.items():
-        if not rows:
+        if not rows or "step" not in rows[0]:
             raise MacError(f"{run / 'train.csv'} is not there or has no rows: nothing to plot")
     picture, (success, losses) = figure(2)
     for (run, rows), style in zip(runs.items(), itertools.cycle(("-", "--", ":", "-."))):

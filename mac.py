@@ -25,8 +25,8 @@ Where this file follows the authors' published code rather than the paper's text
     - losses are means over coordinates, where the paper writes sums;
     - at test time only the first action of a chunk is executed (`--execute`).
 Where it differs from that code (README.md has the whole list): a chunk may start anywhere that
-leaves n actions and a state (the published sampler drops some), the success model is trained with
-cross-entropy, and V is evaluated only where a target needs it.
+leaves n actions and a state (the published sampler drops some), and V is evaluated only where a
+target needs it.
 """
 from __future__ import annotations
 
@@ -486,10 +486,10 @@ class Agent(nn.Module):
         """
         several = np.shape(observation)[:-1]  # (B,) or ()
         goal = np.zeros((*several, 0)) if goal is None else goal
-        if np.shape(goal)[:-1] != several:
-            raise ValueError(f"goal has shape {np.shape(goal)}, observation "
-                             f"{np.shape(observation)}: one goal per observation")
         observation = rows("observation", observation, self.device, self.sizes[0])
+        if np.shape(goal)[:-1] != several:
+            raise ValueError(f"goal has shape {np.shape(goal)} where observations have {several}: "
+                             "one goal per observation")
         goal = rows("goal", goal, self.device, len(self.columns), self.sizes[0])
         if goal.shape[1] != len(self.columns):
             goal = goal[:, self.columns]
@@ -505,10 +505,10 @@ def update(agent, optimizer, batch, generator, warmup=False):
     losses, rollout = agent.losses(batch, generator, warmup)
     optimizer.zero_grad()
     sum(losses.values()).backward()
-    optimizer.step()
-    with torch.no_grad():
+    with torch.no_grad():  # before V's step, as in the published code
         for target, value in zip(agent.target_value.parameters(), agent.value.parameters()):
             target.lerp_(value, agent.config.ema_rate)
+    optimizer.step()
     metrics = {name: loss.detach() for name, loss in losses.items()}
     return metrics if warmup else {**metrics, "rollout_reward": rollout.rewards.mean()}
 

@@ -4,6 +4,7 @@ MAC_SLOW=1 pytest runs the long sweep too (fifty kills at random moments, about 
 """
 import concurrent.futures
 import csv
+import errno
 import hashlib
 import http.server
 import io
@@ -19,7 +20,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import zipfile
 
 import numpy as np
@@ -382,6 +382,8 @@ def test_warmup_trains_the_models_and_the_policy_alone():
 
 def test_update_is_adam_on_the_sum_of_losses_and_moves_the_target():
     agent, twin = make_agent(), make_agent()
+    for net in (agent, twin):
+        net.target_value.output.bias.data.fill_(0.5)  # so that it is not V
     batch = chunk_data().sample(16, generator())
     mac.update(agent, mac.make_optimizer(agent), batch, generator(5))
     losses, _ = twin.losses(batch, generator(5))
@@ -391,9 +393,80 @@ def test_update_is_adam_on_the_sum_of_losses_and_moves_the_target():
             continue
         step = before - 3e-4 * before.grad / (before.grad.abs() + 1e-8)  # Adam's first step
         assert torch.allclose(after, step, atol=1e-6), name
-    for target, value, old in zip(agent.target_value.parameters(), agent.value.parameters(),
-                                  twin.target_value.parameters()):
+    for target, value, old in zip(agent.target_value.parameters(), twin.value.parameters(),
+                                  twin.target_value.parameters()):  # towards V before the step
         assert torch.allclose(target, 0.995 * old + 0.005 * value, atol=1e-7)
+
+
+@pytest.mark.parametrize("case", ["rb", "gc"])
+def test_an_update_gives_the_published_codes_numbers(case, monkeypatch):
+    """assets/published.npz holds what the authors' code printed of tiny networks with random
+    weights: losses, rollout, returns, and every weight after one step of Adam and EMA."""
+    with np.load(HERE / "assets" / "published.npz") as file:
+        shared = {key: file[key].item() for key in file if "/" not in key}
+        data = {key[3:]: torch.from_numpy(np.array(file[key])) for key in file if key[:2] == case}
+    goal, noise = (3 if case == "gc" else 0), {}
+    settings = mac.Config(width=16, chunk=shared["n"], horizon=shared["H"], flow_steps=10,
+                          candidates=shared["N"], discount=shared["gamma"], ema_rate=shared["tau"],
+                          learning_rate=shared["lr"], outcome="success" if goal else "reward")
+    agent = mac.Agent(7, 2, list(range(goal)), settings)
+    agent.normalize = lambda batch: batch  # theirs is normalised
+    outcome = "success" if goal else "reward"
+    nets = {"actor_flow": agent.policy.velocity, "actor_onestep_flow": agent.policy.one_step,
+            "dynamics": agent.dynamics, outcome: agent.outcome, "critic": agent.critic,
+            "value": agent.value, "target_value": agent.target_value}
+    # Of these our inputs are in another order than theirs: state, chunk, goal.
+    order = torch.cat([torch.arange(7), torch.arange(20) + 7 + goal, torch.arange(goal) + 7])
+    permuted = {"critic": order, outcome: order}
+
+    def published(when, name, net):
+        """Pairs of a parameter of ours and its value there."""
+        values = {key.rsplit("/", 2)[-2] + "/" + key.rsplit("/", 2)[-1]: value
+                  for key, value in data.items() if key.startswith(f"{when}/{name}/")}
+        assert len(values) == 18
+        for i, linear in enumerate([*net.hidden[0::3], net.output]):
+            yield linear.bias, values[f"Dense_{i}/bias"]
+            kernel = values[f"Dense_{i}/kernel"].t()
+            yield linear.weight, kernel[:, permuted[name]] if i == 0 and name in permuted else kernel
+        for i, norm in enumerate(net.hidden[2::3]):
+            yield norm.weight, values[f"LayerNorm_{i}/scale"]
+            yield norm.bias, values[f"LayerNorm_{i}/bias"]
+
+    with torch.no_grad():
+        for name, net in nets.items():
+            for mine, theirs in published("before", name, net):
+                mine.copy_(theirs)
+    given = {key[6:]: value for key, value in data.items() if key.startswith("batch/")}
+    empty = torch.zeros(shared["B"], 0)
+    batch = mac.Batch(given["observations"], given["actions"], given["rewards"],
+                      given["next_observations"], 1 - given["masks"],
+                      *((given["value_goals"], given["actor_goals"]) if goal else (empty, empty)))
+    proposals = data["noise/rollout"].transpose(1, 2)  # (H, B, N, D)
+    noise = [*proposals, data["noise/distill"], data["noise/x_0"]]
+
+    def drawn(*shape, **_):
+        value = noise.pop(0)
+        assert value.shape == torch.Size(shape[0] if len(shape) == 1 else shape)
+        return value
+
+    monkeypatch.setattr(torch, "randn", drawn)
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: data["noise/t"])
+    seen, imagine, returns = {}, agent.imagine, mac.returns
+    agent.imagine = lambda *a: seen.setdefault("rollout", imagine(*a))
+    monkeypatch.setattr(mac, "returns", lambda *a: seen.setdefault("returns", returns(*a)))
+    losses = mac.update(agent, mac.make_optimizer(agent), batch, None)
+    assert not noise
+    for name in ("flow", "distill", "dynamics", outcome, "value", "critic"):
+        assert torch.allclose(losses[name], data[f"loss/{name}_loss"], rtol=1e-4), name
+    rollout = seen["rollout"]
+    for mine, name in ((rollout.observations[:-1], "observations"), (rollout.chunks, "actions"),
+                       (rollout.observations[1:], "next_observations"),
+                       (rollout.rewards, "rewards"), (rollout.masks, "masks"),
+                       (seen["returns"], "returns")):
+        assert torch.allclose(mine, data[f"rollout/{name}"], rtol=1e-3, atol=1e-4), name
+    for name, net in nets.items():
+        for mine, theirs in published("after", name, net):
+            assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6), name
 
 
 def test_rollout_batch_size_limits_the_rollouts_only():
@@ -498,7 +571,8 @@ def test_every_policy_updates(policy, chunk):
     before = {name: p.clone() for name, p in agent.named_parameters()}
     losses = mac.update(agent, mac.make_optimizer(agent), data.sample(8, generator()), generator())
     assert all(value.isfinite() for value in losses.values())
-    assert all((p != before[name]).any() for name, p in agent.named_parameters())
+    assert all((p != before[name]).any() for name, p in agent.named_parameters()
+               if not name.startswith("target"))  # which was V's copy, and follows V as it was
     assert agent.act(np.zeros(4), np.zeros(2)).shape == (chunk, 2)
 
 
@@ -1104,6 +1178,7 @@ def test_the_learning_rate_decays_after_a_warmup_that_more_steps_do_not_prolong(
         return update(agent, optimizer, batch, generator, warmup)
 
     monkeypatch.setattr(mac, "update", spy)
+    monkeypatch.setattr(mac.Run, "say_where", lambda run: None)  # it times updates of a copy
     command = ["--env", SINGLE, *TINY, "--dataset-dir", str(data_dir), "--save-dir", str(tmp_path),
                "--log-interval", "0", "--eval-interval", "0", "--warmup", "0.5", "--decay",
                "--learning-rate", "0.001", "--steps"]
@@ -1112,6 +1187,26 @@ def test_the_learning_rate_decays_after_a_warmup_that_more_steps_do_not_prolong(
     assert seen == [(1, True)] * 4 + joint
     assert mac.main([*command, "20", "--resume"]) == 0
     assert seen[8:] == [(round((20 - step) / 16, 4), False) for step in range(8, 20)]
+
+
+@pytest.mark.parametrize("steps", [5, 6, 7])
+def test_a_run_that_ends_within_its_warmup_keeps_its_learning_rate(steps, data_dir, tmp_path,
+                                                                  monkeypatch):
+    rates, update = [], mac.update
+
+    def spy(agent, optimizer, *rest):
+        rates.append(optimizer.param_groups[0]["lr"].item())
+        if len(rates) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(agent, optimizer, *rest)
+
+    monkeypatch.setattr(mac.Run, "say_where", lambda run: None)
+    monkeypatch.setattr(mac, "update", spy)
+    command = ["--env", SINGLE, *TINY, "--dataset-dir", str(data_dir), "--save-dir", str(tmp_path),
+               "--eval-interval", "0", "--decay", "--learning-rate", "0.001", "--warmup", "0.5"]
+    assert mac.main([*command, "--steps", "12"]) == 128 + signal.SIGTERM  # in its warmup of 6
+    assert mac.main([*command, "--steps", str(steps), "--resume"]) == 0
+    assert np.allclose(rates, 0.001) and len(rates) == steps
 
 
 def test_a_renderer_that_is_missing_is_one_line(tmp_path):
@@ -1204,7 +1299,7 @@ def test_bad_input_is_one_line_and_status_2(command, message, data_dir, tmp_path
     (["nowhere", "--seed", "0", "--model-error"], "--seed does not go with"),
     (["nowhere", "--device", "cpu", "--plot"], "--device does not go with"),
     (["nowhere", "--model-error-steps", "50"], "--model-error-steps is for --model-error"),
-    (["nowhere", "--dataset-dir", "x", "--plot"], "--dataset-dir is for --model-error"),
+    (["nowhere", "--dataset-dir", "x", "--plot"], "--dataset-dir does not go with --plot"),
     (["nowhere", "there", "--video", "x.gif"], "--video takes a single run"),
     (["nowhere", "--video", "x.mp4"], "must end in .gif"),
 ])
@@ -1295,7 +1390,7 @@ def test_flipped_and_truncated_data_is_refused(tmp_path, cube_env):
     good, rng = path.read_bytes(), np.random.default_rng(0)
     with zipfile.ZipFile(path) as archive:  # the bytes of the arrays themselves
         spans = [(i.header_offset + 30 + len(i.filename) + 20, i.compress_size - 20)
-                 for i in archive.infolist()]
+                 for i in archive.infolist() if i.filename != "qvel.npy"]  # which nobody reads
     damaged = [good[:n] for n in rng.integers(0, len(good), 10)]
     for start, length in spans:
         for position in start + rng.integers(0, length, 8):
@@ -1306,6 +1401,165 @@ def test_flipped_and_truncated_data_is_refused(tmp_path, cube_env):
         path.write_bytes(data)
         with pytest.raises(world.MacError, match="data.npz is damaged"):
             load_file(tmp_path, cube_env)
+
+
+def move(old, new, keep=0):
+    def change(data):
+        data[new] = data[old].copy()
+        data[old][:len(data[old]) - keep] = False
+    return change
+
+
+GOOD_DATA = {  # the same trajectories and numbers, said in another way
+    "codes": lambda d: d.update(terminals=np.where(np.arange(40) == 39, 1, d["terminals"] * 2)),
+    "minus one": lambda d: d.update(terminals=-d["terminals"].astype(int)),
+    "255": lambda d: d.update(terminals=d["terminals"].astype("u1") * 255),
+    "float16": lambda d: d.update(terminals=d["terminals"].astype(np.float16)),
+    "timeouts": move("terminals", "timeouts", keep=1),
+    "truncations": move("terminals", "truncations"),
+    "dones alone": lambda d: d.update(dones=d.pop("terminals")),
+    "an object that nobody reads": lambda d: d.update(info=np.array([{"ok": 0}] * 40, object)),
+    "text that nobody reads": lambda d: d.update(note=np.array("by me")),
+    "float64": lambda d: d.update(observations=d["observations"].astype(float)),
+    "column order": lambda d: d.update(observations=np.asfortranarray(d["observations"])),
+}
+
+
+@pytest.mark.parametrize("case", list(GOOD_DATA))
+def test_data_coded_in_another_way_are_the_same_data(case, tmp_path, cube_env):
+    for name, change in (("plain", lambda d: None), ("other", GOOD_DATA[case])):
+        data = arrays()
+        change(data)
+        np.savez(tmp_path / f"{name}.npz", **data)
+    plain, other = (cube_env.arrays(tmp_path / f"{name}.npz", 10) for name in ("plain", "other"))
+    assert plain[2].tolist() == [19, 39]
+    assert all(np.array_equal(a, b) and a.dtype == b.dtype for a, b in zip(plain, other))
+
+
+@pytest.mark.parametrize("dtype", [bool, np.int8, np.uint8, np.int64, np.float16, np.longdouble])
+def test_actions_of_any_numeric_type_work(dtype, tmp_path, cube_env):
+    data = arrays()
+    data["actions"] = (data["actions"] > 0).astype(dtype)
+    np.savez(tmp_path / "data.npz", **data)
+    observations, actions, ends, rewards = cube_env.arrays(tmp_path / "data.npz", 10)
+    assert actions.dtype == np.float32 and set(np.unique(actions)) == {0, 1}
+    dataset = mac.make_dataset((observations, actions, ends, rewards), [], mac.Config(env=SINGLE))
+    assert dataset.sample(5, generator()).chunk.isfinite().all()
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, cube_env, monkeypatch):
+    for suffix in ("", "-val"):
+        write_data(tmp_path, arrays(), suffix)
+    before = (tmp_path / "data.npz").read_bytes()
+
+    def refuse(number):
+        def load(path):
+            raise OSError(number, os.strerror(number), str(path))
+        return load
+
+    for number in (errno.EACCES, errno.EMFILE, errno.EIO):
+        monkeypatch.setattr(np, "load", refuse(number))
+        for read in (lambda path: cube_env.arrays(path, 10), world.read_npz):
+            with pytest.raises(world.MacError) as caught:
+                read(tmp_path / "data.npz")
+            message = str(caught.value)
+            assert message == f"cannot read {tmp_path / 'data.npz'}: {os.strerror(number)}"
+    assert (tmp_path / "data.npz").read_bytes() == before
+
+
+def test_no_home_folder_is_one_line(monkeypatch, tmp_path, capsys):
+    def no_home(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(pathlib.Path, "expanduser", no_home)
+    error = failing(capsys, "--env", SINGLE, "--dataset-dir", "~/data", "--save-dir", str(tmp_path))
+    assert "no home folder" in error
+
+
+FAMILIES = ["cube-single-play", "cube-double-play", "scene-play", "puzzle-3x3-play",
+            "pointmaze-medium-navigate", "antmaze-medium-navigate", "humanoidmaze-medium-navigate",
+            "antsoccer-arena-navigate"]
+
+
+@pytest.mark.parametrize("dataset", FAMILIES)
+def test_goals_are_columns_of_the_observation(dataset):
+    plain, oracle, whole = (world.find_world(f"{dataset}{kind}-v0", *goal) for kind, *goal in (
+        ("",), ("-oraclerep",), ("", "observation")))
+    assert plain.columns == oracle.columns
+    assert whole.columns == list(range(whole.sizes[0]))
+    from ogbench.relabel_utils import add_oracle_reps
+    for task in (1, 4):
+        observation, goal = plain.reset(plain.env, task, seed=3)
+        assert goal.shape == observation.shape
+        assert np.allclose(goal[plain.columns], oracle.reset(oracle.env, task, seed=3)[1], atol=1e-5)
+        base = plain.env.unwrapped
+        data = {"qpos": (base.data if hasattr(base, "data") else base._data).qpos[None].copy()}
+        if plain.family in ("scene", "puzzle"):
+            data["button_states"] = base._cur_button_states[None].copy()
+        add_oracle_reps(dataset, plain.env, data)
+        assert np.allclose(observation[plain.columns], data["oracle_reps"][0], atol=1e-5)
+
+
+def test_ids_are_those_of_ogbenchs_datasets():
+    _, gymnasium = world.import_ogbench()
+    for env_id in world.OGBENCH_IDS:
+        words = [word for word in env_id.split("-") if word != "oraclerep"]
+        kind = next(i for i, word in enumerate(words) if word in (
+            "play", "noisy", "navigate", "stitch", "explore"))
+        assert "-".join(words[:kind] + words[kind + 1:]) in gymnasium.registry, env_id
+    for env_id in ("pointmaze-large-explore-v0", "antmaze-giant-explore-v0", "cube-octuple-noisy-v0",
+                   "cube-single-play-singletask-task6-v0", "cube-single-v0"):
+        with pytest.raises(world.MacError, match="did you mean"):
+            mac.Config(env=env_id)
+    with pytest.raises(world.MacError, match="--goal observation"):
+        world.find_world("cube-single-play-oraclerep-v0", "observation")
+
+
+def test_a_policy_an_outcome_and_a_world_from_outside_the_file(tmp_path, monkeypatch):
+    class Still(mac.GaussianPolicy):
+        """Proposes to do nothing."""
+
+        def propose(self, observation, goal, generator):
+            return torch.zeros_like(self.moments(observation, goal)[0])
+
+    class Near(mac.SuccessModel):
+        """Learns that a goal is met where the next state's first coordinate is near."""
+
+        def loss(self, batch):
+            near = (batch.next_observation[:, 0] - batch.value_goal[:, 0]).abs() < 0.1
+            return super().loss(batch._replace(success=near.float()))
+
+    monkeypatch.setitem(mac.POLICIES, "still", Still)
+    monkeypatch.setitem(mac.OUTCOMES, "near", Near)
+    monkeypatch.setattr(world, "WORLDS", [Counting, *world.WORLDS])
+    command = ["--env", "counting", "--policy", "still", "--outcome", "near", "--width", "16",
+               "--batch-size", "8", "--chunk", "3", "--steps", "4", "--eval-episodes", "2",
+               "--log-interval", "2", "--device", "cpu", "--dataset-dir", str(tmp_path),
+               "--save-dir", str(tmp_path / "run")]
+    assert mac.main(command) == 0
+    rows = world.read_csv(tmp_path / "run" / "eval.csv")
+    assert [(row["task"], float(row["success"])) for row in rows] == [
+        ("task1", 0), ("task2", 1), ("overall", 0.5)]
+    assert world.main([str(tmp_path / "run"), "--episodes", "1"]) == 0
+    assert not mac.load(tmp_path / "run").act([0.0], [1.0]).any()
+
+
+def test_training_in_a_thread_leaves_signals_alone(data_dir, tmp_path):
+    status = []
+    thread = threading.Thread(target=lambda: status.append(mac.main(
+        train_command(data_dir, tmp_path, "--steps", "3"))))
+    before = signal.getsignal(signal.SIGTERM)
+    thread.start()
+    thread.join()
+    assert status == [0] and signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_reader_that_has_gone_ends_neither_the_run_nor_in_a_traceback(data_dir, tmp_path):
+    process = spawn(*train_command(data_dir, tmp_path, "--steps", "5"))
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait() == 0 and "Traceback" not in error and "\r" not in error  # and no bar
+    assert mac.load_checkpoint(tmp_path)["step"] == 5
 
 
 class Server(http.server.BaseHTTPRequestHandler):
