@@ -360,7 +360,8 @@ def read_npz(path, names=()):
     except OSError as error:
         raise MacError(f"cannot read {path}: {error.strerror or error}") from error
     except (*DAMAGE, ValueError, TypeError) as error:
-        raise MacError(f"{path} is damaged or not such a file: {name} cannot be read ({error}); "
+        reason = str(error).split(". ")[0]  # without numpy's advice to unpickle it
+        raise MacError(f"{path} is damaged or not such a file: {name} cannot be read ({reason}); "
                        "put a good copy in its place") from error
 
 
