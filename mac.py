@@ -781,7 +781,8 @@ class Stop:
         self.signal, self.before = None, {}
         if threading.current_thread() is threading.main_thread():  # no other receives signals
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-                self.before[number] = signal.signal(number, self.handle)
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+                    self.before[number] = signal.signal(number, self.handle)
         return self
 
     def __exit__(self, *_):
@@ -912,9 +913,9 @@ def benchmark(config, updates):
     world, device = find_world(config.env, config.goal), set_up_device(config.device)
     torch.manual_seed(config.seed)
     agent = make_agent(*world.sizes, world.columns, config).to(device)
-    rows, (observation, action) = 20_000, world.sizes
-    arrays = (torch.randn(rows, observation), torch.rand(rows, action) * 2 - 1,
-              torch.arange(999, rows, 1000), -torch.ones(rows))
+    observation, action = world.sizes
+    arrays = (torch.randn(20_000, observation), torch.rand(20_000, action) * 2 - 1,
+              torch.arange(999, 20_000, 1000), -torch.ones(20_000))
     dataset = make_dataset(arrays, world.columns, config, device)
     generators = make_generators(0, dataset.ends.device, device)
     with FlopCounterMode(display=False) as counter:

@@ -1067,6 +1067,16 @@ def test_second_signal_quits_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # what nohup does
+    try:
+        with mac.Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def small_checkpoint(folder, step=1):
     mac.save_checkpoint(folder, {"step": step, "weights": torch.arange(100.0)})
     return folder / "checkpoint.pt"
