@@ -1028,8 +1028,13 @@ def interrupt(data_dir, folder, interruptions, reference):
 
 
 def test_signals_kills_and_resume_are_bit_identical(data_dir, uninterrupted, tmp_path):
-    interrupt(data_dir, tmp_path, [(signal.SIGTERM, 0), (signal.SIGKILL, 0.03), (signal.SIGINT, 0),
-                                   (signal.SIGHUP, 0), (signal.SIGUSR1, 0)], uninterrupted[0])
+    interrupt(data_dir, tmp_path, [(signal.SIGHUP, 0), (signal.SIGKILL, 0.03), (signal.SIGINT, 0)],
+              uninterrupted[0])
+
+
+@pytest.mark.skipif("MAC_SLOW" not in os.environ, reason="MAC_SLOW=1 runs it")
+def test_the_other_signals_are_bit_identical_too(data_dir, uninterrupted, tmp_path):
+    interrupt(data_dir, tmp_path, [(signal.SIGTERM, 0), (signal.SIGUSR1, 0)], uninterrupted[0])
 
 
 @pytest.mark.skipif("MAC_SLOW" not in os.environ, reason="MAC_SLOW=1 runs it")
@@ -1059,12 +1064,15 @@ def test_no_worker_outlives_a_collection(tmp_path):
         assert list(kept.glob("*.npz"))  # nothing lost
 
 
-def test_second_signal_quits_at_once():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_first_signal_asks_for_a_stop_and_a_second_one_quits_at_once(number):
+    before = signal.getsignal(number)
     with mac.Stop() as stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert not stop()
+        os.kill(os.getpid(), number)
+        assert stop() and stop.signal == number
+        assert signal.getsignal(number) == signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+    assert signal.getsignal(number) is before
 
 
 def test_a_signal_that_is_ignored_stays_ignored():
@@ -1497,10 +1505,11 @@ FAMILIES = ["cube-single-play", "cube-double-play", "scene-play", "puzzle-3x3-pl
 
 @pytest.mark.parametrize("dataset", FAMILIES)
 def test_goals_are_columns_of_the_observation(dataset):
-    plain, oracle, whole = (world.find_world(f"{dataset}{kind}-v0", *goal) for kind, *goal in (
-        ("",), ("-oraclerep",), ("", "observation")))
+    plain, oracle = (world.find_world(f"{dataset}{kind}-v0") for kind in ("", "-oraclerep"))
     assert plain.columns == oracle.columns
-    assert whole.columns == list(range(whole.sizes[0]))
+    plain.goal = "observation"
+    assert plain.columns == list(range(plain.sizes[0]))
+    plain.goal = "task"
     from ogbench.relabel_utils import add_oracle_reps
     for task in (1, 4):
         observation, goal = plain.reset(plain.env, task, seed=3)
