@@ -385,8 +385,6 @@ class Agent(nn.Module):
     raw ones enter by `losses` and `act`. `columns` are the G coordinates of an observation that
     make it a goal: none where a reward fixes the task."""
 
-    reads = set()
-
     def __init__(self, observation_size, action_size, columns, config):
         super().__init__()
         self.config, self.sizes = config, (observation_size, action_size)
@@ -540,8 +538,6 @@ class GaussianPolicy(nn.Module):
     """Ablation (Table 3, "Gau"): a = tanh(x), x ~ N(mu(s), sigma(s)^2), by maximum likelihood
     (Appendix A.1). That sigma is diagonal and bounded is this file's choice."""
 
-    reads = set()
-
     def __init__(self, observation_size, goal_size, chunk_size, config):
         super().__init__()
         self.network = MLP(observation_size + goal_size, 2 * chunk_size, config.width)
@@ -631,8 +627,8 @@ def presets(config):
 
 def unread(policy, world):
     """The settings that a run with this policy in this world has no use for."""
-    reads = POLICIES[policy].reads | AGENTS.get(policy, Agent).reads
-    unread = {"fql_alpha", "eval_flow", "flow_steps"} - reads
+    reads = [getattr(part, "reads", set()) for part in (POLICIES[policy], AGENTS.get(policy))]
+    unread = {"fql_alpha", "eval_flow", "flow_steps"}.difference(*reads)
     return unread | ({"value_goals", "actor_goals", "goal"} if world.fixed else {"chunk_reward"})
 
 
