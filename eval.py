@@ -70,12 +70,12 @@ def command(main):
 
 
 def say(*words):
-    """Print at once, above a progress bar. A reader that has gone (`| head`) ends the printing, not
-    the run."""
+    """Print at once, above a progress bar. A reader that has gone (`| head`, a closed terminal)
+    ends the printing, not the run."""
     try:
         tqdm.write(" ".join(words))
         sys.stdout.flush()
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -359,7 +359,7 @@ def read_npz(path, names=()):
         raise MacError(f"{path} is not there: put it there, or set --dataset-dir") from error
     except OSError as error:
         raise MacError(f"cannot read {path}: {error.strerror or error}") from error
-    except (*DAMAGE, ValueError, TypeError) as error:
+    except (*DAMAGE, ValueError, TypeError, RuntimeError) as error:  # of a flag: "encrypted"
         reason = str(error).split(". ")[0]  # without numpy's advice to unpickle it
         raise MacError(f"{path} is damaged or not such a file: {name} cannot be read ({reason}); "
                        "put a good copy in its place") from error
@@ -374,15 +374,15 @@ def read_data(path, widths, chunk):
     missing = [key for key in widths if key not in arrays] or ([] if ends else ["terminals"])
     if missing:
         raise MacError(f"{path}: has no array {missing[0]!r}")
-    rows = np.shape(arrays["observations"])[:1]
+    rows = np.atleast_1d(arrays["observations"]).shape[0]
     for key, array in arrays.items():
-        fault = find_fault(key, array, *rows, widths.get(key))
+        fault = find_fault(key, array, rows, widths.get(key))
         if fault:
             raise MacError(f"{path}: {key}{fault}")
         arrays[key] = array.astype(np.float32, copy=False)
     end = np.flatnonzero(np.any([arrays.pop(key) for key in ends], axis=0))
-    if not len(end) or end[-1] + 1 != rows[0]:
-        raise MacError(f"{path}: {ends[0]}[{rows[0] - 1}] is not set: the last trajectory is cut "
+    if not len(end) or end[-1] + 1 != rows:
+        raise MacError(f"{path}: {ends[0]}[{rows - 1}] is not set: the last trajectory is cut "
                        "off")
     if np.diff(end, prepend=-1).max() <= chunk:
         raise MacError(f"{path}: no trajectory is longer than a chunk ({chunk} actions)")

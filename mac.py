@@ -482,13 +482,14 @@ class Agent(nn.Module):
         Returns: (B, n, A) or (n, A) float32 array, in [-1, 1].
         Raises: ValueError for other shapes and for numbers that are not finite.
         """
-        several = np.shape(observation)[:-1]  # (B,) or ()
-        goal = np.zeros((*several, 0)) if goal is None else goal
         observation = rows("observation", observation, self.device, self.sizes[0])
-        if np.shape(goal)[:-1] != several:
-            raise ValueError(f"goal has shape {np.shape(goal)} where observations have {several}: "
-                             "one goal per observation")
+        several = observation.shape[:-1]  # (B,) or ()
+        goal = np.zeros((*several, 0)) if goal is None else goal
         goal = rows("goal", goal, self.device, len(self.columns), self.sizes[0])
+        if goal.shape[:-1] != several:
+            raise ValueError(f"goal has shape {tuple(goal.shape)} where observations have "
+                             f"{tuple(several)}: one goal per observation")
+        observation, goal = torch.atleast_2d(observation), torch.atleast_2d(goal)
         if goal.shape[1] != len(self.columns):
             goal = goal[:, self.columns]
         propose = self.policy.propose_by_flow if self.config.eval_flow else None
@@ -647,6 +648,8 @@ def check(config, given):
             refuse(name, f"{odds} are not four odds that add up to 1")
     if config.outcome == "success" and world.fixed:
         refuse("outcome", f"{config.env} has no goals to meet")
+    if config.outcome == "reward" and not world.fixed:
+        refuse("outcome", f"{config.env} has goals in the place of rewards")
     if config.collect and not world.scripted:
         refuse("collect", f"OGBench has no scripted policy for {config.env}; put the files of "
                f"{world.dataset} into {config.dataset_dir} and leave --collect out")
@@ -661,15 +664,21 @@ def check(config, given):
 
 
 def rows(name, given, device, *widths):
-    """`given`, numbers of shape (width,) or (B, width), as a float32 tensor (B, width). Raises
+    """`given`, numbers of shape (width,) or (B, width), as a float32 tensor. Raises
     ValueError, naming it, if it is anything else or not finite."""
-    given = np.asarray(given.detach().cpu() if isinstance(given, torch.Tensor) else given)
+    if isinstance(given, torch.Tensor):
+        given = given.detach().cpu()
+        given = given.float() if given.dtype == torch.bfloat16 else given  # which NumPy lacks
+    try:
+        given = np.asarray(given)
+    except ValueError as error:
+        raise ValueError(f"{name} is not an array of numbers: {error}") from error
     if given.dtype.kind not in "fiub" or given.ndim not in (1, 2) \
             or given.shape[-1] not in widths:
         raise ValueError(f"{name} has shape {given.shape} and type {given.dtype}; this agent "
                          f"takes {widths[0]} numbers per {name}")
-    given = torch.as_tensor(given, dtype=torch.float32, device=device)
-    given = given[None] if given.ndim == 1 else given
+    with np.errstate(over="ignore"):  # what is too large for it is infinite
+        given = torch.tensor(given.astype(np.float32, "C"), device=device)  # from any strides
     bad = (~given.isfinite()).nonzero()
     if len(bad):
         raise ValueError(f"{name}{bad[0].tolist()} is {given[tuple(bad[0])].item()}")
@@ -789,7 +798,10 @@ class Stop:
         self.signal = number
         for other in self.before:
             signal.signal(other, signal.SIG_DFL)
-        os.write(2, b"\nstopping after this step; once more to quit at once\n")  # reentrant
+        try:
+            os.write(2, b"\nstopping after this step; once more to quit at once\n")  # reentrant
+        except OSError:  # the terminal has gone, and with it whoever read what is printed
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
     def __call__(self):
         return self.signal is not None
@@ -959,14 +971,16 @@ class Run:
         longer; on another device than it was made on, a random stream begins anew."""
         with must_fit(self.folder):
             for name, fitted in self.agent.state_dict().items():
-                if name.startswith("normalizer") and not torch.equal(fitted, state["agent"][name]):
+                if name.startswith("normalizer") and not torch.equal(fitted.cpu(),
+                                                                     state["agent"][name]):
                     raise MacError(f"the data are not those that {self.folder} was trained on: "
                                    "check --dataset-dir")
             self.step = self.saved = state["step"]
             self.warmup_steps = state["warmup_steps"]
             self.agent.load_state_dict(state["agent"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.optimizer.param_groups[0]["capturable"] = self.device.type == "cuda"
+            group = self.optimizer.param_groups[0]  # the checkpoint was read to the host
+            group.update(capturable=self.device.type == "cuda", lr=group["lr"].to(self.device))
             devices = [generator.device for generator in self.generators]
             self.generators = make_generators((self.config.seed, self.step), *devices)
             for generator, saved in zip(self.generators, state["generators"]):

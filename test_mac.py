@@ -5,6 +5,7 @@ MAC_SLOW=1 pytest runs the long sweep too (fifty kills at random moments, about 
 import concurrent.futures
 import csv
 import errno
+import fcntl
 import hashlib
 import http.server
 import io
@@ -13,11 +14,14 @@ import math
 import os
 import pathlib
 import pickle
+import pty
 import resource
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import time
 import zipfile
@@ -632,6 +636,26 @@ def test_a_collection_takes_up_the_episodes_of_an_interrupted_one(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data-val.npz", "data.npz"]
 
 
+def test_a_collection_that_cannot_open_an_episode_keeps_it(tmp_path, monkeypatch):
+    parts = tmp_path / ".data-episodes"
+    parts.mkdir()
+    for name in ("0-val-0", "0-0"):
+        np.savez(parts / f"{name}.npz", episode=np.ones(3))
+    before = {path: path.read_bytes() for path in parts.iterdir()}
+
+    def too_many(path):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    monkeypatch.setattr(world, "collect_episodes", lambda jobs, workers: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "load", too_many)
+        with pytest.raises(world.MacError, match="cannot read .*0-val-0.npz: Too many open files"):
+            world.collect_data(tmp_path / "data.npz", "any", 1)
+    assert all(path.read_bytes() == data for path, data in before.items())
+    world.collect_data(tmp_path / "data.npz", "any", 1)
+    assert np.load(tmp_path / "data.npz")["episode"].tolist() == [1, 1, 1]
+
+
 def test_collections_side_by_side_do_not_take_each_others_files(tmp_path, monkeypatch):
     made = []
 
@@ -829,16 +853,19 @@ def test_load_gives_an_agent_for_other_programs(trained):
     whole = np.r_[np.zeros(19), g, np.zeros(6)]  # a goal observation: it takes columns 19 to 21
     chunks = [agent.act(observation, goal, 4, generator()) for observation, goal in (
         (x, g), (x.tolist(), g.tolist()), (torch.tensor(x), torch.tensor(g)), (x, whole),
-        (x.astype(np.float32), g.astype(np.int8)), (torch.tensor(x, requires_grad=True), g))]
+        (x.astype(np.float32), g.astype(np.int8)), (torch.tensor(x, requires_grad=True), g),
+        (x[::-1].copy()[::-1], g), (x.astype(np.longdouble), g), (x.astype(">f8"), g),
+        (x, torch.tensor(g).bfloat16()))]
     assert all(np.allclose(chunk, chunks[0], atol=1e-6) for chunk in chunks)
     for observation, goal, message in (
             (x[:-1], g, "observation has shape .27,.* takes 28"),
             (x[:, None], g[:, None], "takes 28"), (x[None, None], g[None, None], "takes 28"),
             (x, None, "goal has shape .0,.* takes 3"),
             (np.zeros((4, 28)), g, "one goal per observation"), (x, g[None], "one goal per"),
-            (np.where(x > 0.99, np.nan, x), g, "observation.0, 27. is nan"), (x * 1e39, g, "inf"),
-            (x, [1, 2, float("inf")], "goal.0, 2. is inf"), (["a"] * 28, g, "observation has"),
-            (x + 1j, g, "complex"), (x.astype(object), g, "object")):
+            (np.where(x > 0.99, np.nan, x), g, "observation.27. is nan"), (x * 1e39, g, "inf"),
+            (x, [1, 2, float("inf")], "goal.2. is inf"), (["a"] * 28, g, "observation has"),
+            (x + 1j, g, "complex"), ([[1.0], [1, 2]], g, "observation is not an array"),
+            (x.astype(object), g, "object")):
         with pytest.raises(ValueError, match=message), np.errstate(all="ignore"):
             agent.act(observation, goal)
 
@@ -1030,6 +1057,25 @@ def interrupt(data_dir, folder, interruptions, reference):
 def test_signals_kills_and_resume_are_bit_identical(data_dir, uninterrupted, tmp_path):
     interrupt(data_dir, tmp_path, [(signal.SIGHUP, 0), (signal.SIGKILL, 0.03), (signal.SIGINT, 0)],
               uninterrupted[0])
+
+
+def test_a_terminal_that_closes_stops_the_run_as_a_signal_does(data_dir, tmp_path):
+    """Then the kernel sends SIGHUP, and every write to the terminal fails from there on."""
+    child, terminal = pty.fork()
+    if not child:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.execv(sys.executable, [sys.executable, str(HERE / "mac.py"), *train_command(
+            data_dir, tmp_path, "--steps", "1000000", "--save-interval", "0")])
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # so a bar shows
+    log = tmp_path / "train.csv"
+    while not (log.exists() and log.read_text().count("\n") > 2):
+        assert os.read(terminal, 65536)  # fails if the run has ended
+    os.close(terminal)
+    late = threading.Timer(30, os.kill, (child, signal.SIGKILL))
+    late.start()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGHUP
+    late.cancel()
+    assert mac.load_checkpoint(tmp_path)["step"] > 0
 
 
 @pytest.mark.skipif("MAC_SLOW" not in os.environ, reason="MAC_SLOW=1 runs it")
@@ -1238,6 +1284,105 @@ def test_a_renderer_that_is_missing_is_one_line(tmp_path):
     assert process.stderr.count("\n") == 1
 
 
+def test_the_settings_printed_are_those_kept_also_after_a_failed_download(
+        data_dir, tmp_path, monkeypatch, capsys):
+    def fail(*_):
+        raise OSError("no network")
+
+    def collect(path, name, episodes):
+        for suffix in ("", "-val"):
+            shutil.copy(data_dir / f"cube-single-play-v0-collected1{suffix}.npz",
+                        path.with_name(f"{path.stem}{suffix}.npz"))
+
+    monkeypatch.setattr(world, "download", fail)
+    monkeypatch.setattr(world, "collect_data", collect)
+    run = tmp_path / "run"
+    assert mac.main(train_command(tmp_path, run, "--steps", "2", "--collect", "0")) == 0
+    printed = capsys.readouterr().out
+    kept = (run / "config.json").read_text()
+    assert kept in printed and json.loads(kept)["collect"] == 1000
+    assert mac.load(run).config.collect == 1000
+
+
+def test_resume_evaluates_again_at_the_checkpoints_step_and_without_a_bar(
+        tmp_path, monkeypatch, capsys):
+    """A stop in the middle of the second evaluation, whose step has been saved."""
+    monkeypatch.setattr(world, "WORLDS", [Counting])
+    command = ["--env", "counting", "--width", "16", "--batch-size", "8", "--chunk", "3",
+               "--device", "cpu", "--steps", "6", "--eval-interval", "2", "--eval-episodes", "1",
+               "--save-interval", "2", "--log-interval", "2", "--save-dir", str(tmp_path)]
+    evaluate = mac.Run.evaluate
+
+    def interrupted(run):
+        if run.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        evaluate(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mac.Run, "evaluate", interrupted)
+        assert mac.main(command) == 128 + signal.SIGTERM
+    steps = lambda: [row["step"] for row in world.read_csv(tmp_path / "eval.csv")]  # noqa: E731
+    assert mac.load_checkpoint(tmp_path)["step"] == 4 and steps() == ["2"] * 3
+    capsys.readouterr()
+    for _ in range(2):  # and once more at the end, which takes the place of the one before
+        assert mac.main([*command, "--resume"]) == 0
+        assert steps() == ["2"] * 3 + ["4"] * 3 + ["6"] * 3
+    printed = capsys.readouterr()
+    assert "\r" not in printed.out + printed.err and not printed.err
+    assert [line.split(",")[0] for line in printed.out.splitlines()
+            if line.startswith("step") and "steps/s" in line] == ["step 6/6"]
+
+
+def test_a_checkpoint_is_resumed_on_the_device_of_the_run(trained, tmp_path, monkeypatch):
+    """The checkpoint is read to the host; here the meta device stands for a GPU."""
+    state = mac.load_checkpoint(trained[SINGLE])
+    agent = mac.load(trained[SINGLE])
+    data = chunk_data(0)
+    run = mac.Run(agent.config, tmp_path, agent, data, data, None, None)
+    fitted, compared = mac.Agent.state_dict(agent), []
+    monkeypatch.setattr(torch, "equal", lambda a, b: compared.append(
+        a.device == b.device) or True)
+    away = {name: value.to("meta") for name, value in fitted.items()}
+    away = {name: Away(value, fitted[name]) for name, value in away.items()}
+    monkeypatch.setattr(agent, "state_dict", lambda: away)
+    run.restore(state)
+    assert compared == [True, True]
+
+
+class Away:
+    """A tensor of another device, of which `cpu()` gives the host's copy."""
+
+    def __init__(self, tensor, host):
+        self.device, self.cpu = tensor.device, lambda: host
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_resuming_on_a_device_goes_on_with_its_decaying_rate(device, data_dir, tmp_path,
+                                                             monkeypatch):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    log, runs = mac.Run.log, (tmp_path / "whole", tmp_path / "stopped")
+    commands = [train_command(data_dir, run, "--device", device, "--warmup", "0.1")
+                for run in runs]
+    assert mac.main(commands[0]) == 0
+
+    def interrupted(run):
+        log(run)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mac.Run, "log", interrupted)  # at steps 4, in the warmup,
+        for _ in range(2):
+            assert mac.main([*commands[1], "--resume"]) == 128 + signal.SIGTERM
+    assert mac.load_checkpoint(runs[1])["step"] == 8  # and after it
+    assert mac.main([*commands[1], "--resume"]) == 0
+    one, other = (mac.load_checkpoint(run) for run in runs)
+    rates = [state["optimizer"]["param_groups"][0]["lr"].item() for state in (one, other)]
+    assert rates[0] == rates[1] < 3e-4 / 40
+    for name, value in one["agent"].items():
+        assert torch.allclose(value, other["agent"][name], atol=1e-5), name
+
+
 def test_resume_refuses_other_data(trained, data_dir, tmp_path, capsys):
     for suffix in ("", "-val"):  # the validation episode in the place of the training one
         source = data_dir / "cube-single-play-v0-collected1-val.npz"
@@ -1299,6 +1444,8 @@ def test_a_run_folder_is_neither_overwritten_nor_shared(trained, data_dir, capsy
     (["--actor-goals", "1", "0", "0", "0"], "--actor-goals: a run of"),
     (["--env", "cube-double-play-v0", "--chunk-reward", "sum"], "--chunk-reward: a run of"),
     (["--rollout-batch-size", "9"], "--rollout-batch-size: a batch has 8 states"),
+    (["--outcome", "success"], f"--outcome: {SINGLE} has no goals to meet"),
+    (["--env", "cube-single-play-v0", "--outcome", "reward"], "has goals in the place of rewards"),
 ])
 def test_bad_input_is_one_line_and_status_2(command, message, data_dir, tmp_path, capsys):
     if "cuda" in command and torch.cuda.is_available():
@@ -1359,6 +1506,10 @@ BAD_DATA = {
     "missing qpos": (lambda d: d.pop("qpos"), "no array 'qpos'"),
     "text": (replace("actions", lambda a: a.astype(str)), "actions holds <U"),
     "objects": (replace("terminals", lambda a: a.astype(object)), "terminals cannot be read"),
+    "complex": (replace("actions", lambda a: a + 0j), "actions holds complex64, not numbers"),
+    "float64 beyond float32": (lambda d: d.update(observations=np.full((40, 28), 1e39)),
+                               "observations[0, 0] is inf, not a number in float32's range"),
+    "no axes": (replace("observations", lambda a: a[0, 0]), "observations has shape ()"),
     "one axis": (replace("observations", lambda a: a[:, 0]), "observations has shape (40,)"),
     "two axes": (replace("terminals", lambda a: a[:, None]), "terminals has shape (40, 1)"),
     "fewer rows": (replace("actions", lambda a: a[:-3]), "actions has 37 rows"),
@@ -1414,6 +1565,9 @@ def test_flipped_and_truncated_data_is_refused(tmp_path, cube_env):
         spans = [(i.header_offset + 30 + len(i.filename) + 20, i.compress_size - 20)
                  for i in archive.infolist() if i.filename != "qvel.npy"]  # which nobody reads
     damaged = [good[:n] for n in rng.integers(0, len(good), 10)]
+    encrypted = bytearray(good)
+    encrypted[good.index(b"PK\x01\x02") + 8] ^= 1  # a flag: zipfile wants a password now
+    damaged.append(bytes(encrypted))
     for start, length in spans:
         for position in start + rng.integers(0, length, 8):
             flipped = bytearray(good)
@@ -1489,13 +1643,14 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, cube_env, mo
     assert (tmp_path / "data.npz").read_bytes() == before
 
 
-def test_no_home_folder_is_one_line(monkeypatch, tmp_path, capsys):
-    def no_home(self):
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(pathlib.Path, "expanduser", no_home)
-    error = failing(capsys, "--env", SINGLE, "--dataset-dir", "~/data", "--save-dir", str(tmp_path))
-    assert "no home folder" in error
+@pytest.mark.parametrize("flag", ["--dataset-dir", "--save-dir"])
+def test_no_home_folder_is_one_line_that_names_the_flag(flag, tmp_path, capsys):
+    folders = {"--dataset-dir": str(tmp_path), "--save-dir": str(tmp_path / "run"),
+               flag: "~no-such-user/folder"}  # pathlib raises the same as without any HOME
+    command = [word for pair in folders.items() for word in pair]
+    error = failing(capsys, "--env", SINGLE, *TINY, *command)
+    assert "no home folder" in error and f"set {flag}" in error
+    assert not list(tmp_path.rglob("*.csv"))
 
 
 FAMILIES = ["cube-double-play", "scene-play", "puzzle-3x3-play",
