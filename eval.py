@@ -426,12 +426,14 @@ def collect_data(path, name, episodes, workers=None, seed=0):
     parts = path.with_name(f".{path.stem}-episodes")
     with lock(parts, wait=True):  # a second process would collect the same
         if not (path.exists() and validation_file(path).exists()):
-            targets = [(path, "", episodes), (validation_file(path), "-val", -(-episodes // 10))]
+            # Validation first: seeds follow this order, and a training file stands for both.
+            targets = [(validation_file(path), "-val", max(1, episodes // 10)),
+                       (path, "", episodes)]
             files = {target: [parts / f"{seed}{suffix}-{i}.npz" for i in range(count)]
                      for target, suffix, count in targets}
             collect_episodes([(file, name, (seed, split, i)) for split, group in
                               enumerate(files.values()) for i, file in enumerate(group)], workers)
-            for target in reversed(files):  # training last: it stands for both
+            for target in files:
                 episodes = [read_npz(file) for file in files[target]]
                 write_npz(target, {key: np.concatenate([e[key] for e in episodes])
                                    for key in episodes[0]}, np.savez_compressed)
@@ -472,13 +474,16 @@ def start_worker():
 def collect_episode(path, name, seeds):
     """Put an episode of OGBench's play data by its scripted policies into `path`, unless it is
     there already: (1001, ...) arrays that depend on simulator `name` and `seeds` alone."""
-    for attempt in range(0 if path.exists() else 100):
+    if path.exists():
+        return
+    for attempt in range(100):
         data = run_oracle(name, np.random.SeedSequence((*seeds, attempt)))
         if "scene" in name:  # as OGBench does: its cube stays in view, unless in the drawer
             _, y, z = data["qpos"][:, 14:17].T
             if ((y >= 0.29) | ((y <= -0.3) & ((z < 0.06) | (z > 0.08)))).any():
                 continue
         return write_npz(path, data)
+    raise RuntimeError("100 episodes in a row lost the cube from view")
 
 
 @functools.cache

@@ -785,17 +785,17 @@ class Stop:
     def __enter__(self):
         self.signal, self.before = None, {}
         if threading.current_thread() is threading.main_thread():  # no other receives signals
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
-                    self.before[number] = signal.signal(number, self.handle)
+            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+                if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+                    self.before[signum] = signal.signal(signum, self.handle)
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        for signum, handler in self.before.items():
+            signal.signal(signum, handler)
 
-    def handle(self, number, frame):
-        self.signal = number
+    def handle(self, signum, frame):
+        self.signal = signum
         for other in self.before:
             signal.signal(other, signal.SIG_DFL)
         try:
@@ -1208,10 +1208,10 @@ def main(argv):
     folder = home(config.save_dir or f"exp/{config.env}-seed{config.seed}", "--save-dir")
     with lock(folder):
         checkpoint = None
-        if any(any(folder.glob(name)) for name in ("*.json", "*.csv", "checkpoint*.pt")):
-            if not resume:
-                raise MacError(f"{folder} already holds a run: --resume continues it, --save-dir "
-                               "or --seed starts another")
+        exists = any(any(folder.glob(name)) for name in ("*.json", "*.csv", "checkpoint*.pt"))
+        if exists and not resume:
+            raise MacError(f"{folder} already holds a run: --resume continues it, --save-dir "
+                           "or --seed starts another")
         if any(folder.glob("checkpoint*.pt")):
             checkpoint = load_checkpoint(folder)
             with must_fit(folder):

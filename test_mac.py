@@ -624,6 +624,26 @@ def test_collection_is_the_same_with_one_worker_and_loads_in_ogbench(data_dir, t
     assert not np.array_equal(train["observations"], val["observations"])
 
 
+def test_seeds_of_collected_episodes_and_scenes_that_never_succeed(tmp_path, monkeypatch):
+    jobs = []
+
+    def collect(given, workers):
+        jobs.extend(given)
+        for file, *_ in given:
+            world.write_npz(file, {"x": np.ones(1)})
+
+    monkeypatch.setattr(world, "collect_episodes", collect)
+    world.collect_data(tmp_path / "data.npz", "any", 25, seed=7)
+    assert len(jobs) == 27  # a tenth as many again, validation's stream before training's
+    assert [seeds for *_, seeds in jobs] == [(7, 0, i) for i in range(2)] + [
+        (7, 1, i) for i in range(25)]
+    out_of_view = {"qpos": np.full((3, 17), 0.3)}
+    monkeypatch.setattr(world, "run_oracle", lambda *_: out_of_view)
+    with pytest.raises(RuntimeError, match="lost the cube from view"):
+        world.collect_episode(tmp_path / "scene.npz", "scene-v0", (0, 0, 0))
+    assert not (tmp_path / "scene.npz").exists()
+
+
 def test_a_collection_takes_up_the_episodes_of_an_interrupted_one(tmp_path):
     parts = tmp_path / ".data-episodes"
     parts.mkdir()
