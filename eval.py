@@ -38,14 +38,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-
 # ----------------------------------------------------- what both programs need of a command line
-
 
 class MacError(Exception):
     """A mistake of the user or a broken file: one line, exit status 2, nothing overwritten."""
 
-    status = 2
+    def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
 
 
 def command(main):
@@ -83,32 +83,45 @@ class Parser(argparse.ArgumentParser):
     """Underscores in flags are as good as dashes; a mistake is a MacError, which is one line."""
 
     def parse_args(self, argv):
-        argv = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
-        args, unknown = self.parse_known_args(argv)
-        if unknown:
-            flags = re.findall(r"--[\w-]+", self.format_usage())
-            near = [f"the nearest flag is {flag}" for flag in
-                    difflib.get_close_matches(unknown[0], flags, 1)] or ["--help lists the flags"]
-            self.error(f"unknown argument {unknown[0]!r}; {near[0]}")
-        return args
+        return super().parse_args([re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word)
+                                   for word in argv])
 
     def error(self, message):
-        raise MacError(message)
+        raise MacError(f"{message} (--help lists the flags)")
 
 
-def number(kind, low=-math.inf, high=math.inf):
-    """An argparse type: `kind` from `low` to `high`."""
+def number(kind, low, high=math.inf):
+    """An argparse type: `kind` from `low` to `high`, which infinity is not."""
     def convert(text):
         value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            bounds = f"at least {low}" if high == math.inf else f"from {low} to {high}"
-            raise argparse.ArgumentTypeError(f"{text} is not {bounds}")
+        if not low <= value <= high or value == math.inf:
+            raise ValueError
         return value
-    convert.__name__ = kind.__name__  # argparse names it in its message
+    convert.__name__ = f"{kind.__name__} from {low} to {high}"  # argparse names it in its message
     return convert
 
 
-# --------------------------------------------------------------------------------------- files
+def home(text, flag):
+    """A path that may begin with ~, from `flag`."""
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError as error:
+        raise MacError(f"there is no home folder for {text}: set {flag}") from error
+
+
+def lock(folder, wait=False):
+    """Make the folder and hold it for this process; refuse or wait while another one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / ".lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise MacError(f"another process is training in {folder}") from None
+    except OSError:
+        pass  # a file system without locks
+    for leftover in folder.glob(".*.tmp"):  # of a write that was killed
+        leftover.unlink()
+    return file
 
 
 def write(path, data, keep=None):
@@ -134,29 +147,6 @@ def write_npz(path, arrays, save=np.savez):
     buffer = io.BytesIO()
     save(buffer, **arrays)
     write(path, buffer.getbuffer())
-
-
-def lock(folder, wait=False):
-    """Make the folder and hold it for this process; refuse or wait while another one does."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise MacError(f"another process is training in {folder}") from None
-    except OSError:
-        pass  # a file system without locks
-    for leftover in folder.glob(".*.tmp"):  # of a write that was killed
-        leftover.unlink()
-    return file
-
-
-def home(text, flag):
-    """A path that may begin with ~, from `flag`."""
-    try:
-        return pathlib.Path(text).expanduser()
-    except RuntimeError as error:
-        raise MacError(f"there is no home folder for {text}: set {flag}") from error
 
 
 # -------------------------------------------------------------------------------------- worlds
@@ -189,13 +179,10 @@ def import_ogbench():
     renderer = os.environ.setdefault("MUJOCO_GL", "disabled")
     import gymnasium
     try:
-        import mujoco  # noqa: F401 it loads the renderer, and raises many kinds if there is none
+        import mujoco  # noqa: F401 it loads the renderer
         import ogbench
-    except Exception as error:
-        raise MacError(f"OGBench does not start with MUJOCO_GL={renderer} ({error}); unset "
-                       "it to go without rendering, or install what it names (EGL: libegl1)"
-                       ) from error
-
+    except Exception as error:  # mujoco raises many kinds if there is no such renderer
+        raise MacError(f"OGBench does not start with MUJOCO_GL={renderer}: {error}") from error
     gymnasium.logger.min_level = gymnasium.logger.ERROR  # OGBench's action bounds are float64
     return ogbench, gymnasium
 
@@ -271,26 +258,27 @@ class OGBench:
         says how many episodes, else OGBench's, which is downloaded or, failing that, collected
         too. Without `obtain` only what is in the folder already.
         -> path, where the data came from in a line, and the number of collected episodes."""
-        official = folder / f"{self.dataset}.npz"
-        files = official, validation_file(official)
-        if obtain and not collect and not all(file.exists() for file in files):
+        if collect and not self.scripted:
+            raise MacError(f"--collect {collect}: OGBench has no scripted policy for {self.dataset}")
+        name = f"{self.dataset}-collected{collect}" if collect else self.dataset
+        path = folder / f"{name}.npz"
+        files = path, validation_file(path)
+        missing = obtain and not all(file.exists() for file in files)
+        if missing and collect:
+            collect_data(path, self.simulator, collect)
+        elif missing:
             try:
                 download(self.dataset, folder)
-            except (*DAMAGE, http.client.HTTPException, MacError) as error:
-                reason = f"the download of {self.dataset} failed: {error}"
+            except (*DAMAGE, http.client.HTTPException) as error:
+                reason = f"the download of {self.dataset} failed ({error})"
                 if any(file.exists() for file in files) or not self.scripted:
-                    raise MacError(f"{reason}; put {official.name} and {files[1].name} into "
-                                   f"{folder}") from error
-                collect = COLLECTED_EPISODES
-                say(f"WARNING: {reason}\nWARNING: using {collect} episodes collected with "
-                    "OGBench's scripted policies instead (--collect N for another number)")
-        if not collect:
-            return official, f"OGBench's file {official.name}", 0
-        path = folder / f"{self.dataset}-collected{collect}.npz"
-        if obtain and not (path.exists() and validation_file(path).exists()):
-            collect_data(path, self.simulator, collect)
-        return path, (f"{collect} episodes collected with OGBench's scripted policies "
-                      f"({path.name})"), collect
+                    raise MacError(f"{reason}; put {path.name} and {files[1].name} into {folder}"
+                                   ) from error
+                say(f"WARNING: {reason}\nWARNING: using {COLLECTED_EPISODES} episodes collected "
+                    "with OGBench's scripted policies instead (--collect N for another number)")
+                return self.find(folder, COLLECTED_EPISODES)
+        return path, (f"{collect} episodes collected with OGBench's scripted policies"
+                      if collect else "OGBench's file") + f" ({path.name})", collect
 
     def arrays(self, path, chunk):
         """A data file, checked -> observations (T, O), actions (T, A), ends (K,) the index of each
@@ -305,14 +293,14 @@ class OGBench:
         if self.fixed:
             from ogbench.relabel_utils import relabel_dataset
             relabel_dataset(self.env_id, self.env, data)
-        return data["observations"], data["actions"], ends, data.get("rewards")
+        nothing = np.zeros(len(data["observations"]), np.float32)  # takes no memory until written
+        return data["observations"], data["actions"], ends, data.get("rewards", nothing)
 
 
 WORLDS = [OGBench]
 
 
 # ------------------------------------------------------------------------------- data: files
-
 
 # What reading a damaged .npz raises: its zip checksums are verified while it is read.
 DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
@@ -340,7 +328,7 @@ def download(name, folder):
         files = (validation_file(training), training)
         for file in files:
             if zipfile.ZipFile(file).testzip():
-                raise MacError(f"{file.name} arrived damaged")
+                raise zipfile.BadZipFile(f"{file.name} arrived damaged")
         for file in files:
             if not (folder / file.name).exists():  # what is there stays
                 os.replace(file, folder / file.name)
@@ -355,8 +343,6 @@ def read_npz(path, names=()):
             for name in [name for name in names or file if name in file]:
                 arrays[name] = file[name]
             return arrays
-    except FileNotFoundError as error:
-        raise MacError(f"{path} is not there: put it there, or set --dataset-dir") from error
     except OSError as error:
         raise MacError(f"cannot read {path}: {error.strerror or error}") from error
     except (*DAMAGE, ValueError, TypeError, RuntimeError) as error:  # of a flag: "encrypted"
@@ -371,48 +357,34 @@ def read_data(path, widths, chunk):
     unless they are numbers, finite and in range, and a trajectory is longer than `chunk`."""
     arrays = read_npz(path, [*widths, *END_KEYS])
     ends = [key for key in END_KEYS if key in arrays]
-    missing = [key for key in widths if key not in arrays] or ([] if ends else ["terminals"])
-    if missing:
-        raise MacError(f"{path}: has no array {missing[0]!r}")
-    rows = np.atleast_1d(arrays["observations"]).shape[0]
+    for key in [*widths, *(ends or END_KEYS[:1])]:
+        if key not in arrays:
+            raise MacError(f"{path}: has no array {key!r}")
+    rows = arrays["observations"].shape[:1]
     for key, array in arrays.items():
-        fault = find_fault(key, array, rows, widths.get(key))
-        if fault:
-            raise MacError(f"{path}: {key}{fault}")
-        arrays[key] = array.astype(np.float32, copy=False)
+        shape = (*rows, widths[key]) if key in widths else rows
+        if array.dtype.kind not in "fiub":
+            raise MacError(f"{path}: {key} holds {array.dtype}, not numbers")
+        if array.shape != shape:
+            raise MacError(f"{path}: {key} has shape {array.shape}; this environment and the "
+                           f"rows of observations ask for {shape}")
+        with np.errstate(over="ignore"):  # what is too large for it is infinite
+            array = arrays[key] = array.astype(np.float32, copy=False)
+        limit = 1.1 if key == "actions" else np.inf
+        if array.size and not -limit < array.min() <= array.max() < limit:
+            index = np.argwhere(~(np.abs(array) < limit))[0]
+            raise MacError(f"{path}: {key}{index.tolist()} is {array[tuple(index)]}, not a number "
+                           "in " + ("[-1, 1]" if key == "actions" else "float32's range"))
     end = np.flatnonzero(np.any([arrays.pop(key) for key in ends], axis=0))
-    if not len(end) or end[-1] + 1 != rows:
-        raise MacError(f"{path}: {ends[0]}[{rows - 1}] is not set: the last trajectory is cut "
+    if not len(end) or end[-1] + 1 != rows[0]:
+        raise MacError(f"{path}: {ends[0]}[{rows[0] - 1}] is not set: the last trajectory is cut "
                        "off")
     if np.diff(end, prepend=-1).max() <= chunk:
         raise MacError(f"{path}: no trajectory is longer than a chunk ({chunk} actions)")
     return arrays, end
 
 
-def find_fault(key, array, rows, width):
-    """What is wrong with an array of a data file, or None."""
-    if array.dtype.kind not in "fiub":
-        return f" holds {array.dtype}, not numbers"
-    if array.ndim != (2 if width else 1):
-        return f" has shape {array.shape}"
-    if len(array) != rows:
-        return f" has {len(array)} rows where observations has {rows}"
-    if width and array.shape[1] != width:
-        return f" has {array.shape[1]} columns; this environment's has {width}"
-    with np.errstate(over="ignore"):
-        array = array.astype(np.float32, copy=False)  # what is too large for it is infinite
-    bad = []
-    if not np.isfinite(array.sum(dtype=np.float64)):  # needs no memory; an index for the message
-        bad = np.argwhere(~np.isfinite(array))
-    elif key == "actions" and rows and max(array.max(), -array.min()) > 1.1:
-        bad = np.argwhere(np.abs(array) > 1.1)
-    if len(bad):
-        return f"{bad[0].tolist()} is {array[tuple(bad[0])]}, not a number in " + (
-            "[-1, 1]" if key == "actions" else "float32's range")
-
-
 # -------------------------------------------------------------------------- data: collection
-
 
 INFO_KEYS = ("qpos", "qvel", "button_states")  # what rewards are made from
 COLLECTED_EPISODES = 1000  # OGBench's size; a tenth as many again for validation
@@ -434,9 +406,9 @@ def collect_data(path, name, episodes, workers=None, seed=0):
             collect_episodes([(file, name, (seed, split, i)) for split, group in
                               enumerate(files.values()) for i, file in enumerate(group)], workers)
             for target in files:
-                episodes = [read_npz(file) for file in files[target]]
-                write_npz(target, {key: np.concatenate([e[key] for e in episodes])
-                                   for key in episodes[0]}, np.savez_compressed)
+                arrays = [read_npz(file) for file in files[target]]
+                write_npz(target, {key: np.concatenate([a[key] for a in arrays])
+                                   for key in arrays[0]}, np.savez_compressed)
         shutil.rmtree(parts, ignore_errors=True)  # gone already if another process was first
 
 
@@ -446,8 +418,8 @@ def collect_episodes(jobs, workers=None):
     workers = min(workers or cores, len(jobs))
     say(f"collecting {len(jobs)} episodes of {jobs[0][1]} in {workers} processes")
     # Fresh interpreters: a fork of a process that has run torch's threads may hang.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, context, start_worker) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+            workers, multiprocessing.get_context("spawn"), start_worker) as pool:
         try:
             done = [pool.submit(collect_episode, *job) for job in jobs]
             for future in tqdm(done, "collecting", unit="episode", disable=None):
@@ -536,7 +508,6 @@ def run_oracle(name, seed_sequence):
 
 # ------------------------------------------------------------------------------------ episodes
 
-
 class Evaluator:
     """Plays episodes of a world's tasks; environments are built once (a second each), and
     `environments` of them are stepped side by side."""
@@ -616,43 +587,12 @@ def summarize(results):
 
 # -------------------------------------------------------------------------------------- report
 
-
-# Success rates of MAC in the paper: tasks 1 to 5 (Tables 12 and 13) and their mean. A plain id
-# has the task goals of the paper's -oraclerep- ids.
-PAPER = {
-    "cube-single-play-singletask": "100±0 100±0 98±3 98±3 97±7 99±2",
-    "cube-double-play-singletask": "82±15 50±12 55±10 28±8 50±9 53±4",
-    "scene-play-singletask": "100±0 100±0 95±10 95±6 93±8 97±4",
-    "puzzle-3x3-play-singletask": "100±0 0±0 0±0 0±0 0±0 20±0",
-    "puzzle-4x4-play-singletask": "98±3 33±27 100±0 85±14 72±40 78±13",
-    "humanoidmaze-medium-navigate-oraclerep": "67±12 87±9 7±0 0±0 22±14 36±2",
-    "humanoidmaze-giant-navigate-oraclerep": "0±0 0±0 0±0 0±0 0±0 0±0",
-    "cube-double-play-oraclerep": "100±0 100±0 100±0 98±3 100±0 100±1",
-    "cube-octuple-play-oraclerep": "83±4 20±9 40±21 5±6 3±4 30±6",
-    "puzzle-3x3-play-oraclerep": "100±0 100±0 100±0 100±0 100±0 100±0",
-    "puzzle-4x5-play-oraclerep": "100±0 100±0 100±0 100±0 93±13 99±3",
-}
-
-
-def paper_numbers(world):
-    """{task name: the paper's success in percent}; empty where the paper has none."""
-    kind = "singletask" if world.fixed else "oraclerep" if world.goal == "task" else "none"
-    numbers = PAPER.get(f"{world.dataset[:-3]}-{kind}", "").split()
-    if not numbers:
-        return {}
-    table = {f"task{task}": numbers[task - 1] for task in world.tasks}
-    return {**table, "overall": numbers[world.tasks[0] - 1 if world.fixed else 5]}
-
-
 def evaluate(run, agent, args):
     """Play episodes, print the table. -> the dictionary that --json writes"""
     config, world = agent.config, find_world(agent.config.env, agent.config.goal)
-    execute = args.execute or config.execute
-    if execute > config.chunk:
-        raise MacError(f"--execute {execute}: the chunks of {run} have {config.chunk} actions")
+    execute = min(args.execute or config.execute, config.chunk)
     candidates = args.candidates or config.eval_candidates
     episodes = args.episodes or config.eval_episodes
-    seed = args.seed or 0
     frames = collections.defaultdict(list)
 
     def record(episode):  # a third of the frames, about as fast as it happened
@@ -662,23 +602,18 @@ def evaluate(run, agent, args):
     if args.video:
         world.env.reset()
         render(world.env)  # an error now rather than after the first chunk
-    results = Evaluator(world).play(agent, episodes, seed, execute, candidates, record)
-    table = summarize(results)
-    paper = paper_numbers(world) if config.policy == "flow" else {}
+    table = summarize(Evaluator(world).play(agent, episodes, args.seed, execute, candidates, record))
     say(f"{run}: {config.env}, step {agent.step}, trained on {agent.data_source}")
-    say(f"{config.policy} policy{', proposals of the flow itself' if config.eval_flow else ''}, "
-        f"best of {candidates}, {execute} of the {config.chunk} actions of each chunk executed, "
-        f"seed {seed}, on {agent.device.type}")
-    say(f"{'':8} {'success':>12} {'episodes':>9} {'return':>9} {'length':>7}   paper "
-        "(N = 32, 1 action)")
+    say(f"{config.policy} policy, best of {candidates}, {execute} of the {config.chunk} actions of "
+        f"each chunk executed, seed {args.seed}, on {agent.device.type}")
+    say(f"{'':8} {'success':>12} {'episodes':>9} {'return':>9} {'length':>7}")
     for name, row in table.items():
-        say(f"{name:8} {row['success']:6.1%} ±{row['stderr']:5.1%} {row['episodes']:9} "
-            f"{row['return']:9.1f} {row['length']:7.1f}   {paper.get(name, '-')}")
-        del row["episodes"]
+        say(f"{name:8} {row['success']:6.1%} ±{row['stderr']:5.1%} {row.pop('episodes'):9} "
+            f"{row['return']:9.1f} {row['length']:7.1f}")
     if args.video:
         write_video(args.video, [frame for task in sorted(frames) for frame in frames[task]])
     overall = table.pop("overall")
-    return {"env": config.env, "policy": config.policy, "step": agent.step, "seed": seed,
+    return {"env": config.env, "policy": config.policy, "step": agent.step, "seed": args.seed,
             "episodes": episodes, "execute": execute, "candidates": candidates, "tasks": table,
             "overall": overall}
 
@@ -710,8 +645,8 @@ def model_error(agent, dataset, steps, trajectories=2000):
 
 
 def compare_model_errors(mac, args):
-    """Print, write (RUN/model_error.csv) and plot the model error of every run."""
-    picture, (panel,) = figure() if args.plot is not None else (None, (None,))
+    """Print, write (RUN/model_error.csv) and, for --plot, draw the model error of every run."""
+    curves = {}
     say("mean squared error of the dynamics model (normalised units, validation split)")
     for run in args.runs:
         agent = mac.load(run)
@@ -720,22 +655,21 @@ def compare_model_errors(mac, args):
         path, *_ = world.find(folder, config.collect, obtain=False)
         arrays = world.arrays(validation_file(path), config.chunk)
         dataset = mac.make_dataset(arrays, agent.columns.tolist(), config)
-        curve = model_error(agent, dataset, args.model_error_steps or 100)
+        curve = model_error(agent, dataset, args.model_error_steps)
         text = "".join(["steps,mse\n"] + [f"{s},{e}\n" for s, e in curve])
         write(pathlib.Path(run) / "model_error.csv", text.encode())
-        shown = [c for c in curve if c[0] and c[0] % 25 == 0] or curve[1:]
-        label = f"n = {config.chunk}, {run}"
-        say(f"{label:40}", "  ".join(f"{s} steps: {e:.4g}" for s, e in shown))
-        if picture:
-            panel.plot(*zip(*curve[1:]), marker="." if len(curve) < 30 else "", label=label)
-    if picture:
+        curves[f"n = {config.chunk}, {run}"] = curve[1:]
+        shown = [point for point in curve[1:] if point[0] % 25 == 0] or curve[1:]
+        say(f"n = {config.chunk}, {run}:", ", ".join(f"{s} steps {e:.4g}" for s, e in shown))
+    if args.plot is not None:
+        picture, (panel,) = figure(1)
+        for label, curve in curves.items():
+            panel.plot(*zip(*curve), marker="." if len(curve) < 30 else "", label=label)
         panel.set(xlabel="environment steps", ylabel="mean squared error", yscale="log")
-        panel.legend(fontsize=7)
         save_figure(picture, args.plot or pathlib.Path(args.runs[0]) / "model_error.png")
 
 
 # ------------------------------------------------------------------------------------ pictures
-
 
 def render(env):
     try:
@@ -753,7 +687,7 @@ def write_video(path, frames):
     say(f"wrote {path} ({len(frames)} frames)")
 
 
-def figure(panels=1):
+def figure(panels):
     """matplotlib's figure and its panels side by side."""
     try:
         import matplotlib.figure
@@ -764,38 +698,34 @@ def figure(panels=1):
 
 
 def save_figure(figure, path):
+    for panel in figure.axes:
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=7)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120, format="png")
     write(path, buffer.getbuffer())
     say(f"wrote {path}")
 
 
-# What the learning curve shows on its logarithmic axis.
-LOSSES = ("flow", "distill", "dynamics", "reward", "success", "value", "critic")
-
-
 def plot_curves(args):
     """Success (eval.csv) and losses (train.csv) over gradient steps."""
-    runs = {run: read_csv(run / "train.csv") for run in map(pathlib.Path, args.runs)}
-    for run, rows in runs.items():
+    picture, (success, losses) = figure(2)
+    for run, style in zip(map(pathlib.Path, args.runs), itertools.cycle(("-", "--", ":", "-."))):
+        rows = read_csv(run / "train.csv")
         if not rows or "step" not in rows[0]:
             raise MacError(f"{run / 'train.csv'} is not there or has no rows: nothing to plot")
-    picture, (success, losses) = figure(2)
-    for (run, rows), style in zip(runs.items(), itertools.cycle(("-", "--", ":", "-."))):
-        for color, name in enumerate(LOSSES):
+        for color, name in enumerate(("flow", "distill", "dynamics", "reward", "success", "value",
+                                      "critic")):
             kept = [row for row in rows if row.get(name)]  # blank in the warmup
             losses.plot(*[[float(row[key]) for row in kept] for key in ("step", name)], style,
                         color=f"C{color}", label=name if kept and style == "-" else None)
         rows = [row for row in read_csv(run / "eval.csv") if row["task"] == "overall"]
-        steps, mean, error = [[float(row[key]) for row in rows]
+        steps, mean, error = [np.array([float(row[key]) for row in rows])
                               for key in ("step", "success", "stderr")]
         success.plot(steps, mean, style, marker="o", label=run.name)
-        success.fill_between(steps, np.subtract(mean, error), np.add(mean, error), alpha=0.2)
+        success.fill_between(steps, mean - error, mean + error, alpha=0.2)
     success.set(xlabel="gradient steps", ylabel="success", ylim=(-0.05, 1.05))
     losses.set(xlabel="gradient steps", ylabel="loss", yscale="log")
-    for panel in (success, losses):
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize=7)
     save_figure(picture, args.plot or pathlib.Path(args.runs[0]) / "curve.png")
 
 
@@ -808,7 +738,6 @@ def read_csv(path):
 
 # -------------------------------------------------------------------------------- command line
 
-
 def parse(argv):
     parser = Parser("eval.py", allow_abbrev=False, description="Evaluate runs of mac.py.")
     positive = number(int, 1)
@@ -818,46 +747,34 @@ def parse(argv):
                         "the run's setting")
     parser.add_argument("--candidates", type=positive, help="N; 1 is the cloned behaviour; default "
                         "the run's setting")
-    parser.add_argument("--seed", type=number(int, 0), help="of the episodes (default: 0)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"),
-                        help="where to run the networks (default: auto)")
+    parser.add_argument("--seed", type=number(int, 0), default=0, help="of the episodes")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
+                        help="where to run the networks")
     parser.add_argument("--video", metavar="OUT.gif", help="the first episode of each task")
     parser.add_argument("--json", metavar="OUT.json", help="write the numbers of one run")
     parser.add_argument("--plot", nargs="?", const="", metavar="OUT.png",
-                        help="draw the learning curve, or with --model-error the errors; "
-                        "default: into the (first) run folder")
-    parser.add_argument("--model-error", action="store_true", help="of the dynamics model")
-    parser.add_argument("--model-error-steps", type=positive, metavar="STEPS",
+                        help="instead of playing draw the learning curve, or with --model-error "
+                        "the errors; default: into the (first) run folder")
+    parser.add_argument("--model-error", action="store_true",
+                        help="instead of playing measure the dynamics model's")
+    parser.add_argument("--model-error-steps", type=positive, metavar="STEPS", default=100,
                         help="how far to replay (default: 100)")
     parser.add_argument("--dataset-dir", help="for --model-error, if it has moved")
-    return parser.parse_args(argv)
-
-
-def check(args):
-    """Refuse, before any work, what would be ignored or could not be written."""
-    mode = "--model-error" if args.model_error else "--plot" if args.plot is not None else None
-    takes = {"--model-error": {"plot", "model_error", "model_error_steps", "dataset_dir"},
-             "--plot": {"plot"},
-             None: {"episodes", "execute", "candidates", "seed", "device", "video", "json"}}[mode]
-    for name, value in vars(args).items():
-        flag = "--" + name.replace("_", "-")
-        if name not in takes | {"runs"} and value is not None and value is not False:
-            raise MacError(f"{flag} does not go with {mode}: run eval.py twice" if mode
-                           else f"{flag} is for --model-error")
-        if name in ("json", "video") and value and len(args.runs) > 1:
-            raise MacError(f"{flag} takes a single run")
-        if name in ("json", "video", "plot") and value:
-            folder = pathlib.Path(value).absolute().parent
-            if not os.access(folder, os.W_OK) or pathlib.Path(value).is_dir():
-                raise MacError(f"cannot write {value}: name a file in a folder that exists")
+    args = parser.parse_args(argv)
+    if (args.json or args.video) and (len(args.runs) > 1 or args.model_error
+                                      or args.plot is not None):
+        raise MacError("--json and --video take a single run, without --plot and --model-error")
+    for name in filter(None, (args.json, args.video, args.plot)):  # now, not after the episodes
+        if not os.access(pathlib.Path(name).absolute().parent, os.W_OK) or os.path.isdir(name):
+            raise MacError(f"cannot write {name}: name a file in a folder that exists")
     if args.video and not args.video.endswith(".gif"):
         raise MacError(f"--video {args.video}: the name must end in .gif")
+    return args
 
 
 @command
 def main(argv):
     args = parse(argv)
-    check(args)
     import mac  # which imports this file: only a program needs both
 
     if args.model_error:
@@ -871,7 +788,7 @@ def main(argv):
         if args.video and sys.platform == "linux":  # chosen before mujoco is imported
             os.environ.setdefault("MUJOCO_GL", "egl")
         for run in args.runs:
-            report = evaluate(run, mac.load(run, mac.set_up_device(args.device or "auto")), args)
+            report = evaluate(run, mac.load(run, mac.set_up_device(args.device)), args)
         if args.json:
             write(args.json, (json.dumps(report, indent=2) + "\n").encode())
 

@@ -43,7 +43,6 @@ import os
 import pathlib
 import resource
 import signal
-import statistics
 import sys
 import threading
 import time
@@ -53,6 +52,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributions import Normal, TanhTransform, TransformedDistribution
 from tqdm import tqdm
 
 from eval import (Evaluator, MacError, Parser, command, find_world, home, lock, number, say,
@@ -62,7 +62,7 @@ from eval import (Evaluator, MacError, Parser, command, find_world, home, lock, 
 # ============== Part I: the method. It computes on the tensors that it is handed. ==============
 # -------------------------------------------------------------------------------- settings
 
-POLICIES, AGENTS, OUTCOMES = {}, {}, {}  # what --policy and --outcome choose from; add yours
+POLICIES = {}  # what --policy chooses from; add yours
 
 
 def setting(default, help, **rules):
@@ -85,31 +85,26 @@ class Config:
     horizon: int = setting(10, "H: chunks in an imagined rollout", low=1)
     candidates: int = setting(8, "N: proposals per decision in training", low=1)
     eval_candidates: int = setting(32, "N at test time", low=1)
-    execute: int = setting(1, "actions of each chunk executed at test time", low=1)
+    execute: int = setting(1, "of each chunk's n actions those executed at test time", low=1)
     flow_steps: int = setting(10, "F: Euler steps of the flow policy", low=1)
     eval_flow: bool = setting(False, "at test time sample from the flow, not its distillation")
     policy: str = setting("flow", "behaviour policy (Tables 3, 15)", choices=POLICIES)
     fql_alpha: float = setting(1.0, "weight of distillation in --policy fql (Table 11)", low=0)
-    outcome: str = setting("reward", "learned of a chunk; with goals: success", choices=OUTCOMES)
     discount: float = setting(0.999, "gamma per environment step", low=0.001, high=0.999999)
     chunk_reward: str = setting("mean", "of its n rewards", choices=("mean", "sum"))
-    goal: str = setting("task", "the coordinates that make a goal: those that the task is about, "
-                        "or the whole observation", choices=("task", "observation"))
-    value_goals: tuple = setting((0.2, 0.0, 0.5, 0.3), "odds that a value goal is the current "
-                                 "/ a geometric / a uniform future / a random state (Table 6)")
-    actor_goals: tuple = setting((0.0, 1.0, 0.0, 0.0), "the same for actor goals (puzzle: half "
-                                 "geometric, half random; mazes: uniform future)")
+    goal: str = setting("task", "what of a goal counts", choices=("task", "observation"))
+    value_goals: tuple = setting((0.2, 0.0, 0.5, 0.3), "odds that a value goal is the current / "
+                                 "a geometric / a uniform future / a random state", low=0)
+    actor_goals: tuple = setting((0.0, 1.0, 0.0, 0.0), "the same for actor goals", low=0)
     # networks and optimisation
     width: int = setting(512, "hidden units in each of the 4 layers; goal-conditioned 1024", low=1)
     batch_size: int = setting(256, "chunks per gradient step; goal-conditioned 1024", low=1)
-    rollout_batch_size: int = setting(0, "rollouts per step; 0: from the whole batch", low=0)
+    rollout_batch_size: int = setting(0, "of a batch's states those rolled out; 0: all", low=0)
     learning_rate: float = setting(3e-4, "Adam's step size", low=0)
-    warmup: float = setting(0.0, "share of the steps, at the beginning, that train models and "
-                            "policy alone, without rollouts", low=0, high=0.99)
+    warmup: float = setting(0.0, "share of the steps, at first without V, Q", low=0, high=0.99)
     decay: bool = setting(False, "after the warmup, let the learning rate fall linearly to zero")
     ema_rate: float = setting(0.005, "target V moves this much per step", low=0, high=1)
-    precision: str = setting("float32", "of proposals, their scores, imagined rewards and the flow "
-                             "to distil", choices=("float32", "bfloat16"))
+    precision: str = setting("float32", "where it does no harm", choices=("float32", "bfloat16"))
     # data, logs, files
     dataset_dir: str = setting("~/.ogbench/data", "folder of the .npz files")
     collect: int = setting(0, "train on this many episodes, collected here", low=0)
@@ -120,15 +115,14 @@ class Config:
     eval_episodes: int = setting(15, "episodes per task in an evaluation", low=1)
 
     def __post_init__(self):
+        given = {name: value for name, value in vars(self).items() if value is not None}
         defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(self)}
-        self.env = self.env or defaults["env"]
-        for name, value in {**defaults, **presets(self)}.items():
-            if getattr(self, name) is None:
-                setattr(self, name, value)
+        vars(self).update(defaults | given)
+        vars(self).update(presets(self) | given)
+        self.execute = min(self.execute, self.chunk)
 
 
 # --------------------------------------------------------------------------- chunk dataset
-
 
 class Batch(NamedTuple):
     """B logged chunks, raw until the agent normalises them (`Agent.normalize`)."""
@@ -150,16 +144,13 @@ class ChunkDataset:
         observations: (T, O)
         actions: (T, A); the action of a trajectory's last state is never used.
         ends: (K,) index of each trajectory's last state, ascending.
-        rewards: (T,), or None where goals take their place.
+        rewards: (T,); nothing looks at them where there are goals.
         columns: (G,) the coordinates of an observation that make it a goal.
     """
 
     def __init__(self, observations, actions, ends, rewards, columns, config):
-        self.observations, self.actions, self.ends = observations, actions, ends
-        self.columns, self.config = columns, config
-        if rewards is None:
-            rewards = observations.new_zeros(1).expand(len(observations))  # takes no memory
-        self.rewards = rewards
+        self.observations, self.actions, self.rewards = observations, actions, rewards
+        self.ends, self.columns, self.config = ends, columns, config
         begins = F.pad(ends[:-1] + 1, (1, 0))
         # Every start that leaves n actions and a state n steps later, the last one included.
         starts = (ends - begins + 1 - config.chunk).clamp(min=0)  # (K,)
@@ -208,14 +199,13 @@ class ChunkDataset:
         uniform = start + 1 + torch.minimum((v * left).long(), left - 1)
         anywhere = torch.randint(len(self.observations), (len(start),), generator=generator,
                                  device=start.device)
-        current, near, future, _ = np.cumsum(odds)
+        current, near, future, _ = np.cumsum(odds) / sum(odds)
         goal = torch.where(kind < future, uniform, anywhere)
         goal = torch.where(kind < near, geometric, goal)
         return torch.where(kind < current, start, goal)
 
 
 # -------------------------------------------------------------------------------- networks
-
 
 class Normalizer(nn.Module):
     """Scales each coordinate to [-1, 1] by the data's minimum and maximum."""
@@ -286,11 +276,10 @@ class SuccessModel(MLP):
         return success - 1, 1 - success
 
 
-OUTCOMES.update(reward=RewardModel, success=SuccessModel)
+OUTCOMES = {"reward": RewardModel, "success": SuccessModel}
 
 
 # ----------------------------------------------------------------------------- flow policy
-
 
 def flow_matching_loss(velocity, x_1, observation, goal, generator):
     """Eq. 7: regress the velocity x_1 - x_0 at a random point of the straight line from noise
@@ -311,15 +300,14 @@ def euler(velocity, x_0, observation, goal, steps):
 
 
 def low_precision(config, tensor):
-    """Where no gradient is needed, --precision may lower that of the networks' hidden layers."""
+    """Where no gradient is needed --precision may lower that of hidden layers: for proposals,
+    their scores, imagined rewards and the flow that is to be distilled."""
     return torch.autocast(tensor.device.type, torch.bfloat16, config.precision == "bfloat16")
 
 
 class FlowPolicy(nn.Module):
     """MAC's policy: a flow of F steps (Eq. 7), distilled to a network of one (Eq. 8). A policy
     has `loss`, which gives a dictionary of losses, and `propose`."""
-
-    reads = {"flow_steps", "eval_flow"}  # settings that not every policy has a use for
 
     def __init__(self, observation_size, goal_size, chunk_size, config):
         super().__init__()
@@ -347,18 +335,16 @@ class FlowPolicy(nn.Module):
 
     def propose(self, observation, goal, generator):
         """A chunk (..., D) in [-1, 1] for each row of observation (..., O) and goal (..., G)."""
-        return self.one_step(observation, goal, self.noise(observation, generator)).clamp(-1, 1)
+        z = self.noise(observation, generator)
+        if self.config.eval_flow and not self.training:  # of the two the finer, and the slower
+            return self.flow(observation, goal, z)
+        return self.one_step(observation, goal, z).clamp(-1, 1)
 
-    def propose_by_flow(self, observation, goal, generator):
-        """The same from the flow that the one-step network imitates (--eval-flow)."""
-        return self.flow(observation, goal, self.noise(observation, generator))
 
-
-POLICIES.update(flow=FlowPolicy)
+POLICIES["flow"] = FlowPolicy
 
 
 # ------------------------------------------------------------------------------- the agent
-
 
 class Rollout(NamedTuple):
     """Imagined trajectories of H chunks, without gradient."""
@@ -394,7 +380,7 @@ class Agent(nn.Module):
         self.policy = POLICIES[config.policy](observation_size, goal_size, chunk_size, config)
         self.dynamics = MLP(observation_size + chunk_size, observation_size, config.width)
         inputs = observation_size + chunk_size + goal_size
-        self.outcome = OUTCOMES[config.outcome](inputs, None, config.width)
+        self.outcome = OUTCOMES["success" if columns else "reward"](inputs, None, config.width)
         self.critic = MLP(inputs, None, config.width)
         self.value = MLP(observation_size + goal_size, None, config.width)
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)
@@ -414,11 +400,11 @@ class Agent(nn.Module):
         """The model's s_{t+n}: (..., O), (..., D) -> (..., O)"""
         return observation + self.dynamics(observation, chunk)
 
-    def best_of(self, candidates, observation, goal, generator, propose=None):
+    def best_of(self, candidates, observation, goal, generator):
         """Eq. 4: of N proposals the one that Q ranks first. (B, O), (B, G) -> (B, D)"""
         observation = observation[:, None].expand(-1, candidates, -1)  # (B, N, O)
         goal = goal[:, None].expand(-1, candidates, -1)  # (B, N, G)
-        chunks = (propose or self.policy.propose)(observation, goal, generator)  # (B, N, D)
+        chunks = self.policy.propose(observation, goal, generator)  # (B, N, D)
         if candidates == 1:
             return chunks[:, 0]
         best = self.critic(observation, chunks, goal).argmax(1)  # (B,)
@@ -426,13 +412,12 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def imagine(self, observation, goal, generator):
-        """Eq. 9: H chunks in the model from every observation (B, O) at once. -> Rollout
-
-        --precision spares the dynamics: their errors add up along a rollout."""
+        """Eq. 9: H chunks in the model from every observation (B, O) at once. -> Rollout"""
         observations, chunks = [observation], []
         for _ in range(self.config.horizon):
             with low_precision(self.config, observation):
                 chunk = self.best_of(self.config.candidates, observation, goal, generator)
+            # In full precision: the errors of dynamics add up along a rollout.
             observation = self.next_observation(observation, chunk)
             observations.append(observation)
             chunks.append(chunk)
@@ -482,21 +467,19 @@ class Agent(nn.Module):
         Returns: (B, n, A) or (n, A) float32 array, in [-1, 1].
         Raises: ValueError for other shapes and for numbers that are not finite.
         """
-        observation = rows("observation", observation, self.device, self.sizes[0])
-        several = observation.shape[:-1]  # (B,) or ()
-        goal = np.zeros((*several, 0)) if goal is None else goal
-        goal = rows("goal", goal, self.device, len(self.columns), self.sizes[0])
-        if goal.shape[:-1] != several:
-            raise ValueError(f"goal has shape {tuple(goal.shape)} where observations have "
-                             f"{tuple(several)}: one goal per observation")
-        observation, goal = torch.atleast_2d(observation), torch.atleast_2d(goal)
+        single = np.ndim(observation) == 1
+        observation = rows("observation", observation, self.sizes[0]).to(self.device)
+        goal = np.zeros((len(observation), 0)) if goal is None else goal
+        goal = rows("goal", goal, len(self.columns), self.sizes[0]).to(self.device)
+        if len(goal) != len(observation):
+            raise ValueError(f"{len(goal)} goals for {len(observation)} observations")
         if goal.shape[1] != len(self.columns):
             goal = goal[:, self.columns]
-        propose = self.policy.propose_by_flow if self.config.eval_flow else None
         chunk = self.best_of(candidates or self.config.eval_candidates,
                              self.normalizer(observation), self.normalizer(goal, self.columns),
-                             generator, propose)
-        return chunk.view(*several, self.config.chunk, self.sizes[1]).cpu().numpy()
+                             generator)
+        chunk = chunk.view(-1, self.config.chunk, self.sizes[1]).cpu().numpy()
+        return chunk[0] if single else chunk
 
 
 def update(agent, optimizer, batch, generator, warmup=False):
@@ -515,12 +498,9 @@ def update(agent, optimizer, batch, generator, warmup=False):
 # ================= Part II: ablations, presets, files, speed, training, flags ==================
 # ------------------------------------------------------------------------------- ablations
 
-
 class OneStepPolicy(FlowPolicy):
     """Ablation (Table 15): flow matching alone, followed in a single Euler step. The paper says no
     more than that its one-step policy is trained by the flow matching loss."""
-
-    reads = set()
 
     def __init__(self, *sizes_and_config):
         super().__init__(*sizes_and_config)
@@ -547,17 +527,12 @@ class GaussianPolicy(nn.Module):
         mean, log_std = self.network(observation, goal).chunk(2, -1)
         return mean, log_std.clamp(-5, 2)  # the usual range; keeps the likelihood bounded
 
-    def log_likelihood(self, chunk, observation, goal):
-        """log p(a | s), summed over coordinates. (B, D) -> (B,)"""
-        mean, log_std = self.moments(observation, goal)
-        x = torch.atanh(chunk)  # finite: dataset actions are clipped to the open interval
-        z = (x - mean) / log_std.exp()
-        log_normal = -0.5 * z.square() - log_std - 0.5 * math.log(2 * math.pi)
-        return (log_normal - torch.log1p(-chunk.square())).sum(-1)
-
     def loss(self, batch, generator):
-        likelihood = self.log_likelihood(batch.chunk, batch.observation, batch.actor_goal)
-        return {"likelihood": -likelihood.mean() / batch.chunk.shape[-1]}
+        mean, log_std = self.moments(batch.observation, batch.actor_goal)
+        # Not validated: that would wait for a GPU. Clipped chunks are in the open interval.
+        normal = Normal(mean, log_std.exp(), validate_args=False)
+        policy = TransformedDistribution(normal, TanhTransform(), validate_args=False)
+        return {"likelihood": -policy.log_prob(batch.chunk).mean()}
 
     def propose(self, observation, goal, generator):
         mean, log_std = self.moments(observation, goal)
@@ -568,8 +543,6 @@ class GaussianPolicy(nn.Module):
 class FQLAgent(Agent):
     """Ablation (Table 3, "FQL"): instead of rejection sampling (one candidate) the one-step
     network also climbs Q by gradient, at the imagined states and with their goals."""
-
-    reads = {"fql_alpha"}
 
     @staticmethod
     def presets(config):
@@ -591,7 +564,11 @@ class FQLAgent(Agent):
 
 
 POLICIES.update(onestep=OneStepPolicy, gaussian=GaussianPolicy, fql=FlowPolicy)
-AGENTS.update(fql=FQLAgent)
+AGENTS = {"fql": FQLAgent}  # of policies that change more than the proposals
+
+
+def make_agent(observation_size, action_size, columns, config):
+    return AGENTS.get(config.policy, Agent)(observation_size, action_size, columns, config)
 
 
 # --------------------------------------------------------------------------------- presets
@@ -608,10 +585,9 @@ SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5
 
 def presets(config):
     """What the environment (Tables 6 to 8), --small and the policy decide, the latter first."""
-    world, policy = find_world(config.env, config.goal or "task"), config.policy or "flow"
-    settings = {}
+    world, settings = find_world(config.env, config.goal), {}
     if not world.fixed:
-        settings = {"batch_size": 1024, "width": 1024, "steps": 2_000_000, "outcome": "success"}
+        settings.update(batch_size=1024, width=1024, steps=2_000_000)
     if "puzzle-4x5" in config.env:  # 20 ways to go on need more candidates; a smaller net pays
         settings.update(candidates=32, width=256)
     if world.family == "puzzle":
@@ -620,69 +596,42 @@ def presets(config):
         settings["actor_goals"] = (0.0, 0.0, 1.0, 0.0)
     if config.small:
         settings.update(SMALL)
-    if not world.scripted:
-        settings.pop("collect", None)  # only a file will do
-    settings.update(AGENTS[policy].presets(config) if policy in AGENTS else {})
-    return {name: value for name, value in settings.items() if name not in unread(policy, world)}
+        if not world.scripted:
+            del settings["collect"]  # only a file will do
+    if config.policy in AGENTS:
+        settings.update(AGENTS[config.policy].presets(config))
+    return settings
 
 
-def unread(policy, world):
-    """The settings that a run with this policy in this world has no use for."""
-    reads = [getattr(part, "reads", set()) for part in (POLICIES[policy], AGENTS.get(policy))]
-    unread = {"fql_alpha", "eval_flow", "flow_steps"}.difference(*reads)
-    return unread | ({"value_goals", "actor_goals", "goal"} if world.fixed else {"chunk_reward"})
+# ------------------------------------------------------------------------------------ data
 
-
-def check(config, given):
-    """Raise MacError if the flags given make no sense together."""
-    def refuse(name, why):
-        raise MacError(f"--{name.replace('_', '-')}: {why}")
-
-    world = find_world(config.env, config.goal)
-    for name in unread(config.policy, world) & given.keys():
-        refuse(name, f"a run of {config.env} with --policy {config.policy} does not use it; "
-               "leave it out")
-    for name in ("value_goals", "actor_goals"):
-        odds = getattr(config, name)
-        if not (min(odds) >= 0 and abs(sum(odds) - 1) < 1e-6):
-            refuse(name, f"{odds} are not four odds that add up to 1")
-    if config.outcome == "success" and world.fixed:
-        refuse("outcome", f"{config.env} has no goals to meet")
-    if config.outcome == "reward" and not world.fixed:
-        refuse("outcome", f"{config.env} has goals in the place of rewards")
-    if config.collect and not world.scripted:
-        refuse("collect", f"OGBench has no scripted policy for {config.env}; put the files of "
-               f"{world.dataset} into {config.dataset_dir} and leave --collect out")
-    for name, limit, what in (("rollout_batch_size", config.batch_size, "a batch has {} states"),
-                              ("execute", config.chunk, "chunks have {} actions")):
-        if getattr(config, name) > limit and name in given:
-            refuse(name, f"{what.format(limit)}, not {getattr(config, name)}")
-        setattr(config, name, min(getattr(config, name), limit))
-
-
-# ----------------------------------------------------------------------- agents, data, files
-
-
-def rows(name, given, device, *widths):
-    """`given`, numbers of shape (width,) or (B, width), as a float32 tensor. Raises
-    ValueError, naming it, if it is anything else or not finite."""
+def rows(name, given, *widths):
+    """`given`, numbers of any real type, of shape (width,) or (B, width), as a float32 tensor
+    (B, width). Raises ValueError, naming it, if it is anything else or not finite."""
     if isinstance(given, torch.Tensor):
         given = given.detach().cpu()
-        given = given.float() if given.dtype == torch.bfloat16 else given  # which NumPy lacks
-    try:
-        given = np.asarray(given)
-    except ValueError as error:
-        raise ValueError(f"{name} is not an array of numbers: {error}") from error
-    if given.dtype.kind not in "fiub" or given.ndim not in (1, 2) \
-            or given.shape[-1] not in widths:
-        raise ValueError(f"{name} has shape {given.shape} and type {given.dtype}; this agent "
-                         f"takes {widths[0]} numbers per {name}")
+        given = given.double() if given.is_floating_point() else given  # NumPy lacks bfloat16
+    array = np.asarray(given)
+    if array.dtype.kind not in "fiub" or array.ndim not in (1, 2) or array.shape[-1] not in widths:
+        raise ValueError(f"{name} has shape {array.shape} and type {array.dtype}; this agent takes "
+                         f"{widths[0]} numbers per {name}")
     with np.errstate(over="ignore"):  # what is too large for it is infinite
-        given = torch.tensor(given.astype(np.float32, "C"), device=device)  # from any strides
-    bad = (~given.isfinite()).nonzero()
-    if len(bad):
-        raise ValueError(f"{name}{bad[0].tolist()} is {given[tuple(bad[0])].item()}")
-    return given
+        array = np.atleast_2d(array).astype(np.float32, "C")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} is not finite at {np.argwhere(~np.isfinite(array))[0].tolist()}")
+    return torch.from_numpy(array)
+
+
+def make_dataset(arrays, columns, config, device=torch.device("cpu")):
+    """The chunk dataset of a world's `arrays` on `device`, or on the host if it would fill more
+    than half of the memory that the device has left."""
+    observations, actions, ends, rewards = (torch.as_tensor(array) for array in arrays)
+    tensors = [observations, actions, ends, rewards, torch.tensor(columns, dtype=torch.long)]
+    size = sum(tensor.nbytes for tensor in tensors)
+    if device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 2:
+        say(f"the dataset ({size / 1e9:.1f} GB) stays in host memory")
+        device = torch.device("cpu")
+    return ChunkDataset(*(tensor.to(device) for tensor in tensors), config)
 
 
 def to_device(batch, device):
@@ -691,22 +640,7 @@ def to_device(batch, device):
     return Batch(*(x.pin_memory().to(device, non_blocking=True) for x in batch))
 
 
-def make_agent(observation_size, action_size, columns, config):
-    return AGENTS.get(config.policy, Agent)(observation_size, action_size, columns, config)
-
-
-def make_dataset(arrays, columns, config, device=torch.device("cpu")):
-    """The chunk dataset of a world's `arrays` on `device`, or on the host if it would fill more
-    than half of the memory that the device has left."""
-    tensors = [None if array is None else torch.as_tensor(array) for array in arrays]
-    if device.type == "cuda":
-        size = sum(tensor.nbytes for tensor in tensors if tensor is not None)
-        if size > torch.cuda.mem_get_info(device)[0] / 2:
-            say(f"the dataset ({size / 1e9:.1f} GB) stays in host memory")
-            device = torch.device("cpu")
-    tensors = [None if tensor is None else tensor.to(device) for tensor in tensors]
-    return ChunkDataset(*tensors, torch.tensor(columns, dtype=torch.long, device=device), config)
-
+# ----------------------------------------------------------------------------------- files
 
 def save_checkpoint(folder, state):
     """Write folder/checkpoint.pt: torch.save's bytes and their SHA-256. The one that was there
@@ -718,19 +652,16 @@ def save_checkpoint(folder, state):
 
 
 def load_checkpoint(folder, device="cpu"):
-    """The newest checkpoint of a run folder. Raises MacError if there is none, or if it is
-    damaged; code in it is never run (`weights_only`)."""
-    path, previous = folder / "checkpoint.pt", folder / "checkpoint-previous.pt"
-    if not path.exists() and previous.exists():
-        path = previous  # a save was cut short between its two renames
-    data = path.read_bytes()
-    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-        advice = "there is no earlier one; train anew in another --save-dir"
-        if path != previous and previous.exists():
-            advice = f"move it away to go on from {previous.name}"
-        raise MacError(f"{path} is damaged: {advice}")
-    with must_fit(folder):
-        return torch.load(io.BytesIO(data[:-32]), device, weights_only=True)
+    """The newest whole checkpoint of a run folder; code in it is never run (`weights_only`).
+    Raises MacError if there is none."""
+    for path in (folder / "checkpoint.pt", folder / "checkpoint-previous.pt"):
+        if path.exists():
+            data = path.read_bytes()
+            if hashlib.sha256(data[:-32]).digest() == data[-32:]:
+                with must_fit(folder):
+                    return torch.load(io.BytesIO(data[:-32]), device, weights_only=True)
+            say(f"WARNING: {path} is damaged")
+    raise MacError(f"{folder} holds no checkpoint that is whole: is it a run folder of mac.py?")
 
 
 @contextlib.contextmanager
@@ -742,7 +673,7 @@ def must_fit(folder):
         raise
     except Exception as error:  # torch raises many kinds
         first = " ".join(str(error).splitlines()[:2])  # of a line per parameter
-        raise MacError(f"the checkpoint in {folder} is not one of this version of this program "
+        raise MacError(f"the checkpoint in {folder} is not one of this program as it is now "
                        f"({type(error).__name__}: {first})") from error
 
 
@@ -778,6 +709,109 @@ def add_to_log(path, rows):
         writer.writerows(rows)
 
 
+# ----------------------------------------------------------------------------------- speed
+
+def set_up_device(name):
+    """The device to train on; on a GPU with TF32 matrix products."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise MacError("--device cuda: PyTorch sees no GPU here; use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        torch.set_float32_matmul_precision("high")
+    return torch.device(name)
+
+
+def make_optimizer(agent):
+    """One Adam for all networks. The step size is a tensor, so that a CUDA graph sees it change."""
+    parameters = [p for p in agent.parameters() if p.requires_grad]
+    rate = torch.tensor(agent.config.learning_rate, device=agent.device)
+    return torch.optim.Adam(parameters, rate, fused=True, capturable=agent.device.type == "cuda")
+
+
+def make_generators(seed, *devices):
+    """One generator per device given, their streams independent of each other. Batches, training
+    noise and validation have one each, as has an evaluation, so that how often one logs or
+    evaluates does not change what is learned."""
+    seeds = np.random.SeedSequence(seed).generate_state(len(devices))
+    return [torch.Generator(d).manual_seed(int(s)) for d, s in zip(devices, seeds)]
+
+
+def capture(step, agent, optimizer, generator):
+    """`step` as one CUDA graph: its hundreds of small kernels are launched by a single call.
+    The trial updates that PyTorch wants before a capture are undone, in place since the graph
+    knows addresses, so that the graph starts where the eager step would."""
+    saved = copy.deepcopy((agent.state_dict(), optimizer.state_dict()))
+    random_state = generator.get_state()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        result = step()
+    with torch.no_grad():
+        agent.load_state_dict(saved[0])
+        for index, state in optimizer.state_dict()["state"].items():
+            for name, tensor in state.items():
+                before = saved[1]["state"].get(index, {}).get(name)
+                tensor.zero_() if before is None else tensor.copy_(before)
+    generator.set_state(random_state)
+
+    def replay():
+        graph.replay()
+        return result
+    return replay
+
+
+def timed(function, times, device):
+    """Seconds of each of `times` calls, after 3 that are not counted."""
+    result = []
+    for _ in range(3 + times):
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        result.append(time.perf_counter() - start)
+    return result[3:]
+
+
+def benchmark(config, device, updates):
+    """Time `updates` updates, such as follow a warmup, on random data of the environment's shape.
+    -> dict, for one line of JSON. The peak is that of a large fp32 (on a GPU: TF32) matrix product
+    in the same process; as `precision` lowers a part of the update, the ratio may pass 1."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    world = find_world(config.env, config.goal)
+    arrays = (torch.randn(20_000, world.sizes[0]), torch.rand(20_000, world.sizes[1]) * 2 - 1,
+              torch.arange(999, 20_000, 1000), -torch.ones(20_000))
+    run = Run(config, device, world, arrays, arrays)
+    with FlopCounterMode(display=False) as counter:
+        batch = to_device(run.dataset.sample(config.batch_size, run.generators[0]), device)
+        update(run.agent, run.optimizer, batch, run.generators[1])
+    times = timed(run.make_step(), updates, device)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process
+    memory *= 1 if sys.platform == "darwin" else 1024
+    if device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    size = 8192 if device.type == "cuda" else 2048
+    square = torch.randn(size, size, device=device)
+    peak = 2 * size ** 3 / min(timed(lambda: square @ square, 10, device))
+    flops, median = counter.get_total_flops(), float(np.median(times))
+    return {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "precision": config.precision, "threads": torch.get_num_threads(), "updates": updates,
+            "ms_median": 1e3 * median, "ms_min": 1e3 * min(times), "ms_max": 1e3 * max(times),
+            "gflop_per_update": flops / 1e9, "gflops": flops / median / 1e9,
+            "peak_gflops": peak / 1e9, "fraction_of_peak": flops / median / peak,
+            "peak_memory_mb": memory / 1e6}
+
+
+# -------------------------------------------------------------------------------- training
+
 class Stop:
     """While open, SIGINT, SIGTERM and what schedulers send before they kill, SIGHUP and SIGUSR1,
     ask for a stop (`stop()` turns true); a second one ends the process at once."""
@@ -807,288 +841,145 @@ class Stop:
         return self.signal is not None
 
 
-# ----------------------------------------------------------------------------------- speed
-
-
-def set_up_device(name):
-    """The device to train on; on a GPU with TF32 matrix products."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise MacError("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        torch.set_float32_matmul_precision("high")
-    return torch.device(name)
-
-
-def make_optimizer(agent):
-    """One Adam for all networks. The step size is a tensor, so that a CUDA graph sees it change."""
-    parameters = [p for p in agent.parameters() if p.requires_grad]
-    rate = torch.tensor(agent.config.learning_rate, device=agent.device)
-    return torch.optim.Adam(parameters, rate, fused=True, capturable=agent.device.type == "cuda")
-
-
-def make_generators(seed, *devices):
-    """One generator per device given, their streams independent of each other. Batches, training
-    noise and validation have one each, as has an evaluation, so that how often one logs or
-    evaluates does not change what is learned."""
-    seeds = np.random.SeedSequence(seed).generate_state(len(devices))
-    return [torch.Generator(d).manual_seed(int(s)) for d, s in zip(devices, seeds)]
-
-
-def make_step(agent, optimizer, dataset, data_generator, noise_generator, warmup=False):
-    """A function of no arguments that draws a batch, does one update and returns its losses."""
-    config, device = agent.config, agent.device
-
-    def sample():
-        return to_device(dataset.sample(config.batch_size, data_generator), device)
-
-    def step():
-        return update(agent, optimizer, sample(), noise_generator, warmup)
-
-    if device.type != "cuda":
-        return step
-    if dataset.ends.device.type == "cuda":
-        return capture(step, agent, optimizer, (data_generator, noise_generator))
-    # The data stay on the host: only the update is a graph, which reads a batch at a fixed place.
-    static = to_device(dataset.sample(config.batch_size, torch.Generator()), device)  # any batch
-    graph = capture(lambda: update(agent, optimizer, static, noise_generator, warmup), agent,
-                    optimizer, (noise_generator,))
-
-    def copy_and_replay():
-        for place, tensor in zip(static, sample()):
-            place.copy_(tensor)
-        return graph()
-    return copy_and_replay
-
-
-def capture(step, agent, optimizer, generators):
-    """`step` as one CUDA graph: its hundreds of small kernels are launched by a single call.
-    The trial updates that PyTorch wants before a capture are undone, in place since the graph
-    knows addresses, so that the graph starts where the eager step would."""
-    saved = copy.deepcopy((agent.state_dict(), optimizer.state_dict()))
-    states = [generator.get_state() for generator in generators]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    for generator in generators:
-        graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        result = step()
-    with torch.no_grad():
-        agent.load_state_dict(saved[0])
-        for index, state in optimizer.state_dict()["state"].items():
-            for name, tensor in state.items():
-                before = saved[1]["state"].get(index, {}).get(name)
-                tensor.zero_() if before is None else tensor.copy_(before)
-    for generator, state in zip(generators, states):
-        generator.set_state(state)
-
-    def replay():
-        graph.replay()
-        return result
-    replay.alive = step  # and with it the tensors whose addresses the graph knows
-    return replay
-
-
-def timed(function, times, device):
-    """Seconds of each of `times` calls, after 3 that are not counted."""
-    result = []
-    for _ in range(3 + times):
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        result.append(time.perf_counter() - start)
-    return result[3:]
-
-
-def benchmark(config, updates):
-    """Time `updates` updates, such as follow a warmup, on random data of the environment's shape.
-    -> dict, for one line of JSON; the peak is that of a large fp32 (on a GPU: TF32) matrix product
-    in the same process (`precision` lowers a part of the update only, so with bfloat16 the ratio
-    may pass 1)."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    world, device = find_world(config.env, config.goal), set_up_device(config.device)
-    torch.manual_seed(config.seed)
-    agent = make_agent(*world.sizes, world.columns, config).to(device)
-    observation, action = world.sizes
-    arrays = (torch.randn(20_000, observation), torch.rand(20_000, action) * 2 - 1,
-              torch.arange(999, 20_000, 1000), -torch.ones(20_000))
-    dataset = make_dataset(arrays, world.columns, config, device)
-    generators = make_generators(0, dataset.ends.device, device)
-    with FlopCounterMode(display=False) as counter:
-        batch = to_device(dataset.sample(config.batch_size, generators[0]), device)
-        update(agent, make_optimizer(agent), batch, generators[1])
-    flops = counter.get_total_flops()
-    step = make_step(agent, make_optimizer(agent), dataset, *generators)
-    times = timed(step, updates, device)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process
-    memory *= 1 if sys.platform == "darwin" else 1024
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated()
-    size = 8192 if device.type == "cuda" else 2048
-    square = torch.randn(size, size, device=device)
-    peak = 2 * size ** 3 / min(timed(lambda: square @ square, 40, device))
-    achieved = flops / statistics.median(times)
-    return {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "precision": config.precision, "threads": torch.get_num_threads(), "updates": updates,
-            "ms_median": 1e3 * statistics.median(times), "ms_min": 1e3 * min(times),
-            "ms_max": 1e3 * max(times), "gflop_per_update": flops / 1e9,
-            "gflops": achieved / 1e9, "peak_gflops": peak / 1e9,
-            "fraction_of_peak": achieved / peak, "peak_memory_mb": memory / 1e6}
-
-
-# -------------------------------------------------------------------------------- training
-
-
-class Diverged(MacError):
-    """A loss or parameter became NaN or infinite."""
-
-    status = 3
-
-
 class Run:
-    """A training run: what it consists of, and what is done between its updates."""
+    """A training run: agent, data, optimizer, random streams, and what is done between updates.
 
-    def __init__(self, config, folder, agent, dataset, validation, evaluator, stop):
-        self.config, self.folder, self.agent, self.dataset = config, folder, agent, dataset
-        self.validation, self.evaluator, self.stop = validation, evaluator, stop
-        self.device = agent.device
-        self.optimizer = make_optimizer(agent)
-        self.generators = make_generators(config.seed, dataset.ends.device, self.device)
+    Args: training, validation: a world's `arrays`.
+    """
+
+    def __init__(self, config, device, world, training, validation):
+        self.config, self.device = config, device
+        torch.manual_seed(config.seed)
+        self.agent = make_agent(*world.sizes, world.columns, config)
+        self.agent.normalizer.fit(torch.as_tensor(training[0]))
+        self.agent.to(device)
+        self.dataset, self.validation = (make_dataset(arrays, world.columns, config, device)
+                                         for arrays in (training, validation))
+        self.optimizer = make_optimizer(self.agent)
+        self.generators = make_generators(config.seed, self.dataset.ends.device, device)
         self.warmup_steps = int(config.warmup * config.steps)
-        self.step, self.saved, self.status, self.losses = 0, 0, {}, {}
+        self.step, self.saved, self.losses, self.success = 0, 0, {}, None
 
     def restore(self, state):
         """Continue from a checkpoint. More --steps than it was made with do not make the warmup
         longer; on another device than it was made on, a random stream begins anew."""
-        with must_fit(self.folder):
-            for name, fitted in self.agent.state_dict().items():
-                if name.startswith("normalizer") and not torch.equal(fitted.cpu(),
-                                                                     state["agent"][name]):
-                    raise MacError(f"the data are not those that {self.folder} was trained on: "
-                                   "check --dataset-dir")
-            self.step = self.saved = state["step"]
-            self.warmup_steps = state["warmup_steps"]
-            self.agent.load_state_dict(state["agent"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            group = self.optimizer.param_groups[0]  # the checkpoint was read to the host
-            group.update(capturable=self.device.type == "cuda", lr=group["lr"].to(self.device))
-            devices = [generator.device for generator in self.generators]
-            self.generators = make_generators((self.config.seed, self.step), *devices)
-            for generator, saved in zip(self.generators, state["generators"]):
-                if len(saved) == len(generator.get_state()):
-                    generator.set_state(saved.cpu())
+        for name, fitted in self.agent.normalizer.state_dict().items():
+            if not torch.equal(fitted.cpu(), state["agent"][f"normalizer.{name}"]):
+                raise MacError("the data are not those of this run: check --dataset-dir")
+        self.agent.load_state_dict(state["agent"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        group = self.optimizer.param_groups[0]  # the checkpoint was read to the host
+        group.update(capturable=self.device.type == "cuda", lr=group["lr"].to(self.device))
+        for generator, saved in zip(self.generators, state["generators"]):
+            if len(saved) == len(generator.get_state()):
+                generator.set_state(saved)
+        self.step, self.warmup_steps = state["step"], state["warmup_steps"]
+        self.saved = self.step
         say(f"resuming at step {self.step} of {self.config.steps}")
+
+    def make_step(self, warmup=False):
+        """A function of no arguments that draws a batch, does one update, returns its losses."""
+        data, noise = self.generators
+
+        def sample():
+            return to_device(self.dataset.sample(self.config.batch_size, data), self.device)
+
+        if self.device.type != "cuda":
+            return lambda: update(self.agent, self.optimizer, sample(), noise, warmup)
+        # The graph reads its batch at a fixed place: a copy of the first one, drawn again later.
+        state = data.get_state()
+        place = Batch(*(tensor.clone() for tensor in sample()))
+        data.set_state(state)
+        replay = capture(lambda: update(self.agent, self.optimizer, place, noise, warmup),
+                         self.agent, self.optimizer, noise)
+
+        def step():
+            for there, tensor in zip(place, sample()):
+                there.copy_(tensor)
+            return replay()
+        return step
 
     def due(self, interval):
         return interval and (self.step % interval == 0 or self.step == self.config.steps)
 
-    def train(self):
+    def train(self, folder, evaluator, stop):
         """Update until `config.steps` or a signal. Saving and evaluating stand before the update
         that they come before, so the loop runs once more than there are updates."""
-        config, rate = self.config, self.optimizer.param_groups[0]["lr"]
-        bar = tqdm(total=config.steps, initial=self.step, desc=config.env, smoothing=0.05,
-                   disable=not sys.stderr.isatty())
-        started, first_step, phase = time.time(), self.step, None
-        with bar:
-            while True:
-                if self.step > self.saved and self.due(config.save_interval):
-                    self.save()
-                if self.step > self.warmup_steps and self.due(config.eval_interval):
-                    self.evaluate()
-                if self.step == config.steps or self.stop():
-                    break
-                warmup = self.step < self.warmup_steps
-                if warmup != phase:
-                    phase = warmup
-                    do_update = make_step(self.agent, self.optimizer, self.dataset,
-                                          *self.generators, warmup)
-                if config.decay:
-                    left = (config.steps - self.step) / max(1, config.steps - self.warmup_steps)
-                    rate.fill_(config.learning_rate * (1 if warmup else left))
-                self.losses = do_update()
-                self.step += 1
-                bar.update()
-                if self.due(config.log_interval):
-                    self.log()
-                    bar.set_postfix(self.status, refresh=False)
-                    if bar.disable:  # no terminal
-                        speed = (self.step - first_step) / (time.time() - started)
-                        left = tqdm.format_interval((config.steps - self.step) / speed)
-                        say(f"step {self.step}/{config.steps}, {speed:.1f} steps/s, {left} left,",
-                            ", ".join(map(" ".join, self.status.items())))
+        config, rate, phase = self.config, self.optimizer.param_groups[0]["lr"], None
+        plain = not sys.stderr.isatty()  # then a line per log interval
+        bar = tqdm(total=config.steps, initial=self.step, smoothing=0.05, unit=" steps",
+                   file=open(os.devnull, "w") if plain else sys.stderr, bar_format="step "
+                   "{n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}")
+        while True:
+            if self.step > self.saved and self.due(config.save_interval):
+                self.save(folder)
+            if self.step > self.warmup_steps and self.due(config.eval_interval):
+                table = self.evaluate(evaluator, stop, config.eval_episodes, config.seed,
+                                      config.execute, config.eval_candidates)
+                if table:
+                    add_to_log(folder / "eval.csv", [{"step": self.step, "task": name, **row}
+                                                     for name, row in table.items()])
+            if self.step == config.steps or stop():
+                break
+            warmup = self.step < self.warmup_steps
+            if warmup != phase:
+                phase, do_update = warmup, self.make_step(warmup)
+            if config.decay:
+                left = (config.steps - self.step) / max(1, config.steps - self.warmup_steps)
+                rate.fill_(config.learning_rate * (1 if warmup else left))
+            self.losses = do_update()
+            self.step += 1
+            bar.update()
+            if self.due(config.log_interval):
+                bar.set_postfix_str(self.log(folder), refresh=False)
+                if plain:
+                    say(str(bar))
+        bar.close()
         if self.step > self.saved:
-            self.save()
+            self.save(folder)
 
-    def log(self):
-        """A row of train.csv: this step's losses and those of a fixed validation batch."""
-        now = self.check_finite()
+    def log(self, folder):
+        """A row of train.csv: this step's losses and those of a fixed validation batch. -> the
+        numbers worth watching"""
+        self.check_finite()
         generators = make_generators(0, self.validation.ends.device, self.device)
         batch = self.validation.sample(self.config.batch_size, generators[0])
         with torch.no_grad():
             validation, _ = self.agent.losses(to_device(batch, self.device), generators[1])
+        now = {name: value.item() for name, value in self.losses.items()}
         row = {name: now.get(name, "") for name in (*validation, "rollout_reward")}
         row.update({f"val_{name}": value.item() for name, value in validation.items()})
-        add_to_log(self.folder / "train.csv", [{"step": self.step, **row}])
-        self.status.update({name: f"{now[name]:.3g}" for name in ("dynamics", "value", "critic")
-                            if name in now})
+        add_to_log(folder / "train.csv", [{"step": self.step, **row}])
+        status = [f"{name} {now[name]:.3g}" for name in ("dynamics", "value", "critic")
+                  if name in now]
+        return ", ".join(status + ([f"success {self.success:.0%}"] if self.success is not None
+                                   else []))
 
     def check_finite(self):
-        """The losses as numbers. Raises Diverged if one of them or a parameter is not finite."""
-        row = {name: value.item() for name, value in self.losses.items()}
-        bad = [name for name, value in row.items() if not math.isfinite(value)]
-        bad += [f"parameter {name}" for name, parameter in self.agent.named_parameters()
-                if not parameter.isfinite().all()]
-        if bad:
-            kept = f"the checkpoint of step {self.saved} is kept" if self.saved else "nothing saved"
-            raise Diverged(f"{bad[0]} is not finite at step {self.step}: training stopped, {kept}; "
-                           "try a smaller --learning-rate in a new --save-dir")
-        return row
+        """Raises MacError, status 3, if a loss or a parameter is not finite."""
+        for name, value in {**self.losses, **dict(self.agent.named_parameters())}.items():
+            if not value.isfinite().all():
+                raise MacError(f"{name} is not finite at step {self.step}: training stopped, the "
+                               f"last checkpoint is of step {self.saved}; try a smaller "
+                               "--learning-rate in a new --save-dir", status=3)
 
-    def play(self, name, episodes, seed, execute, candidates):
-        """Play episodes of every task and say how they went. -> `summarize`'s table, or None if a
-        signal came on the way"""
-        results = self.evaluator.play(self.agent, episodes, seed, execute, candidates,
-                                      stop=self.stop)
+    def evaluate(self, evaluator, stop, *how):
+        """Play episodes of every task, say how they went -> the table of `summarize`, empty after
+        a stop: --resume begins with this evaluation then."""
+        results = evaluator.play(self.agent.eval(), *how, stop=stop)
+        self.agent.train()
         if results is None:
-            return None
-        table = summarize(results)
+            return {}
+        table, (_, _, execute, candidates) = summarize(results), how
         row = table["overall"]
-        say(f"{name}: success {row['success']:.0%} ± {row['stderr']:.0%} ({row['episodes']} "
-            f"episodes, {execute} of each chunk executed, N = {candidates})")
+        self.success = row["success"]
+        say(f"step {self.step}: success {row['success']:.0%} ± {row['stderr']:.0%} ("
+            f"{row['episodes']} episodes, {execute} of each chunk executed, N = {candidates})")
         return table
 
-    def evaluate(self):
-        """Rows of eval.csv: every task and overall. After a stop --resume begins with them."""
-        config = self.config
-        table = self.play(f"step {self.step}", config.eval_episodes, config.seed, config.execute,
-                          config.eval_candidates)
-        if table:
-            add_to_log(self.folder / "eval.csv", [{"step": self.step, "task": name, **row}
-                                                  for name, row in table.items()])
-            self.status["success"] = f"{table['overall']['success']:.0%}"
-
-    def final_table(self, episodes=50):
-        """MAC beside cloning (one candidate of the same networks), both ways to execute."""
-        config = self.config
-        each = max(1, episodes // len(self.evaluator.world.tasks))
-        name = "MAC" if config.policy == "flow" else config.policy
-        for candidates, name in {1: "cloning", config.eval_candidates: name}.items():
-            for execute in sorted({config.chunk, 1}):
-                if not self.stop():
-                    self.play(name, each, 1 + config.seed, execute, candidates)
-
-    def save(self):
+    def save(self, folder):
         self.check_finite()
-        save_checkpoint(self.folder, {
+        save_checkpoint(folder, {
             "step": self.step, "warmup_steps": self.warmup_steps,
             "sizes": (*self.agent.sizes, self.agent.columns.tolist()),
             "data": self.agent.data_source, "config": dataclasses.asdict(self.config),
@@ -1096,59 +987,48 @@ class Run:
             "generators": [generator.get_state() for generator in self.generators]})
         self.saved = self.step
 
-    def say_where(self):
-        """The device and, on a CPU, how long the run will take: some updates of a copy, timed."""
-        if self.device.type == "cuda":
-            return say(f"device: {torch.cuda.get_device_name()}")
-        agent = copy.deepcopy(self.agent)
-        generators = make_generators(0, self.dataset.ends.device, self.device)
-        step = make_step(agent, make_optimizer(agent), self.dataset, *generators)
-        hours = min(timed(step, 2, self.device)) * (self.config.steps - self.step) / 3600
-        say(f"device: CPU, {torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()}; this takes up to {hours:.1f} hours" +
-            ("" if self.config.small else ", --small minutes") +
-            (f"; this PyTorch is made for CUDA {torch.version.cuda}, but finds no GPU that it can "
-             "use" if torch.version.cuda else ""))
 
-
-def train(config, folder, checkpoint):
+def train(config, device, folder, checkpoint):
     """Train in `folder` until `config.steps`, a signal or an error. -> exit status"""
-    device = set_up_device(config.device)
     world = find_world(config.env, config.goal)
-    path, source, config.collect = world.find(home(config.dataset_dir, "--dataset-dir"),
-                                              config.collect)
+    folder_of_data = home(config.dataset_dir, "--dataset-dir")
+    path, source, config.collect = world.find(folder_of_data, config.collect)
     settings = json.dumps({**dataclasses.asdict(config), "data": source}, indent=2)
     say(settings)
-    arrays, validation = (world.arrays(file, config.chunk) for file in
-                          (path, validation_file(path)))
-    torch.manual_seed(config.seed)
-    agent = make_agent(*world.sizes, world.columns, config)
-    agent.data_source = source
-    agent.normalizer.fit(torch.as_tensor(arrays[0]))
-    agent.to(device)
-    datasets = [make_dataset(a, world.columns, config, device) for a in (arrays, validation)]
     if world.columns:
         say(f"goals are columns {world.columns} of the observation")
+    arrays = [world.arrays(file, config.chunk) for file in (path, validation_file(path))]
+    if device.type == "cuda":
+        say(f"device: {torch.cuda.get_device_name()}")
+    else:
+        trial = timed(Run(config, device, world, *arrays).make_step(), 2, device)
+        hours = min(trial) * (config.steps - (checkpoint or {"step": 0})["step"]) / 3600
+        say(f"device: CPU, {torch.get_num_threads()} threads, "
+            f"{torch.backends.cpu.get_cpu_capability()}; this takes up to {hours:.1f} hours"
+            + ("" if config.small else ", --small minutes"))
+    run = Run(config, device, world, *arrays)
+    run.agent.data_source = source
     with Stop() as stop:
-        run = Run(config, folder, agent, *datasets, Evaluator(world), stop)
         if checkpoint:
-            run.restore(checkpoint)
+            with must_fit(folder):
+                run.restore(checkpoint)
         cut_log(folder / "train.csv", lambda step: step <= run.step)
         cut_log(folder / "eval.csv", lambda step: step < run.step)
         write(folder / "config.json", (settings + "\n").encode())
-        run.say_where()
-        run.train()
-        if config.small and config.eval_interval and not stop():
-            run.final_table()
+        evaluator = Evaluator(world)
+        run.train(folder, evaluator, stop)
+        if config.small and config.eval_interval:  # beside the behaviour, which N = 1 is
+            for candidates in sorted({1, config.eval_candidates}):
+                for execute in sorted({1, config.chunk}):
+                    run.evaluate(evaluator, stop, max(1, 50 // len(world.tasks)), config.seed + 1,
+                                 execute, candidates)
         if stop():
-            rest = "goes on" if run.step < config.steps else "makes the table"
-            say(f"stopped at step {run.step}; the same command with --resume {rest}")
+            say(f"stopped at step {run.step}; the same command with --resume goes on")
             return 128 + stop.signal
     say(f"trained {run.step} steps; now: python eval.py {folder}")
 
 
 # ---------------------------------------------------------------------------- command line
-
 
 # What --resume may change. Of these the parameters at a given step depend only on `steps`, which
 # sets the length of a decay, and on `device`, whose noise is another.
@@ -1165,12 +1045,13 @@ def parse(argv):
         rules = dict(field.metadata)
         default = rules.pop("default")
         low, high = rules.pop("low", None), rules.pop("high", math.inf)
+        kind = float if isinstance(default, tuple) else type(default)
         if isinstance(default, bool):
             rules["action"] = argparse.BooleanOptionalAction  # --no-... undoes a preset's
-        elif isinstance(default, tuple):
-            rules.update(type=float, nargs=len(default), metavar="P")
         elif "choices" not in rules:
-            rules.update(type=str if low is None else number(type(default), low, high), metavar="X")
+            rules.update(type=str if low is None else number(kind, low, high), metavar="X")
+        if isinstance(default, tuple):
+            rules["nargs"] = len(default)
         if default != "":
             rules["help"] += f" (default: {'off' if default is False else default})"
         parser.add_argument(f"--{field.name.replace('_', '-')}", **rules)
@@ -1181,6 +1062,9 @@ def parse(argv):
     resume, updates = given.pop("resume"), given.pop("benchmark")
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in given.items() if value is not None}
+    for name, value in given.items():
+        if isinstance(value, tuple) and not sum(value):
+            parser.error(f"argument --{name.replace('_', '-')}: one of the odds must not be 0")
     return given, resume, updates
 
 
@@ -1202,9 +1086,9 @@ def resumed(saved, config, given):
 def main(argv):
     given, resume, updates = parse(argv)
     config = Config(**given)
-    check(config, given)
+    device = set_up_device(config.device)
     if updates:
-        return say(json.dumps(benchmark(config, updates)))
+        return say(json.dumps(benchmark(config, device, updates)))
     folder = home(config.save_dir or f"exp/{config.env}-seed{config.seed}", "--save-dir")
     with lock(folder):
         checkpoint = None
@@ -1218,7 +1102,7 @@ def main(argv):
                 config = resumed(checkpoint, config, given)
         elif resume:
             say(f"{folder} holds no checkpoint to resume from: starting at step 0")
-        return train(config, folder, checkpoint)
+        return train(config, device, folder, checkpoint)
 
 
 if __name__ == "__main__":
