@@ -193,6 +193,7 @@ class OGBench:
     "observation" all of them."""
 
     knows = OGBENCH_IDS.__contains__
+    pixels = 200  # of a rendered image's side
 
     def __init__(self, env_id, goal="task"):
         words = [w for w in env_id.split("-")
@@ -240,10 +241,22 @@ class OGBench:
         """An environment whose `reset` can be seeded: OGBench draws a few actions from an action
         space that it builds, unseeded, at each access, so here it is built once."""
         ogbench, _ = import_ogbench()
-        env = ogbench.make_env_and_datasets(self.env_id, env_only=True)
-        base = env.unwrapped
-        base.__class__ = type(type(base).__name__, (type(base),),
-                              {"action_space": base.action_space})
+        env = ogbench.make_env_and_datasets(self.env_id, env_only=True, width=self.pixels,
+                                            height=self.pixels)
+        base, kind = env.unwrapped, type(env.unwrapped)
+
+        class Seeded(kind):
+            action_space = base.action_space
+
+            def render(self, *args, **kwargs):
+                try:
+                    return kind.render(self, *args, **kwargs)
+                except Exception as error:  # mujoco raises many kinds where there is no renderer
+                    raise MacError(f"cannot render with MUJOCO_GL={os.environ['MUJOCO_GL']} "
+                                   f"({error}): install EGL (libegl1) and set MUJOCO_GL=egl before "
+                                   "the program starts") from error
+
+        base.__class__ = Seeded
         return env
 
     def reset(self, env, task, seed):
@@ -597,11 +610,12 @@ def evaluate(run, agent, args):
 
     def record(episode):  # a third of the frames, about as fast as it happened
         if args.video and episode.number == 0 and (episode.length % 3 == 1 or episode.done):
-            frames[episode.task].append(render(episode.env))
+            frames[episode.task].append(episode.env.render())
 
     if args.video:
+        world.pixels = args.video_size
         world.env.reset()
-        render(world.env)  # an error now rather than after the first chunk
+        world.env.render()  # an error now rather than after the first chunk
     table = summarize(Evaluator(world).play(agent, episodes, args.seed, execute, candidates, record))
     say(f"{run}: {config.env}, step {agent.step}, trained on {agent.data_source}")
     say(f"{config.policy} policy, best of {candidates}, {execute} of the {config.chunk} actions of "
@@ -650,17 +664,15 @@ def compare_model_errors(mac, args):
     say("mean squared error of the dynamics model (normalised units, validation split)")
     for run in args.runs:
         agent = mac.load(run)
-        config, world = agent.config, find_world(agent.config.env, agent.config.goal)
-        folder = home(args.dataset_dir or config.dataset_dir, "--dataset-dir")
-        path, *_ = world.find(folder, config.collect, obtain=False)
-        arrays = world.arrays(validation_file(path), config.chunk)
-        dataset = mac.make_dataset(arrays, agent.columns.tolist(), config)
+        n, (world, path) = agent.config.chunk, data_of(agent, args)
+        dataset = mac.make_dataset(world.arrays(validation_file(path), n), agent.columns.tolist(),
+                                   agent.config)
         curve = model_error(agent, dataset, args.model_error_steps)
         text = "".join(["steps,mse\n"] + [f"{s},{e}\n" for s, e in curve])
         write(pathlib.Path(run) / "model_error.csv", text.encode())
-        curves[f"n = {config.chunk}, {run}"] = curve[1:]
+        curves[f"n = {n}, {run}"] = curve[1:]
         shown = [point for point in curve[1:] if point[0] % 25 == 0] or curve[1:]
-        say(f"n = {config.chunk}, {run}:", ", ".join(f"{s} steps {e:.4g}" for s, e in shown))
+        say(f"n = {n}, {run}:", ", ".join(f"{s} steps {e:.4g}" for s, e in shown))
     if args.plot is not None:
         picture, (panel,) = figure(1)
         for label, curve in curves.items():
@@ -669,15 +681,73 @@ def compare_model_errors(mac, args):
         save_figure(picture, args.plot or pathlib.Path(args.runs[0]) / "model_error.png")
 
 
+def data_of(agent, args):
+    """The world and the data file that an agent was trained on."""
+    config, world = agent.config, find_world(agent.config.env, agent.config.goal)
+    folder = home(args.dataset_dir or config.dataset_dir, "--dataset-dir")
+    return world, world.find(folder, config.collect, obtain=False)[0]
+
+
+@torch.no_grad()
+def imagine(agent, state, goal, chunks, seed=0):
+    """The model's future from a normalised state (O,) with the `chunks` (H, D), or, where they are
+    a number, with that many of the agent's own. -> raw states (H+1, O), chunks (H, D)"""
+    states, done = [state[None]], []
+    generator = torch.Generator(agent.device).manual_seed(seed)
+    for k in range(chunks if isinstance(chunks, int) else len(chunks)):
+        done.append(agent.best_of(agent.config.eval_candidates, states[-1], goal[None], generator)
+                    if isinstance(chunks, int) else chunks[k:k + 1])
+        states.append(agent.next_observation(states[-1], done[-1]))
+    states = torch.cat(states) * agent.normalizer.scale + agent.normalizer.middle
+    return states.numpy(), torch.cat(done)
+
+
+def compare_imagination(mac, args, steps=100):
+    """100 steps as the simulator and as the model has them. As a picture: the coordinates that
+    vary most, with the actions of a recorded validation trajectory and with the agent's own.
+    As a film of the latter: beside the simulator the logged states nearest to the model's."""
+    agent = mac.load(args.runs[0])
+    n, (world, path), columns = agent.config.chunk, data_of(agent, args), agent.columns
+    world.pixels, count = args.video_size, steps // n
+    env, task = world.env, world.tasks[0]
+    observation, goal = world.reset(env, task, args.seed)
+    observation, goal = mac.checked(agent, observation, goal)
+    start, goal = agent.normalizer(observation)[0], agent.normalizer(goal, columns)[0]
+    states, chunks = imagine(agent, start, goal, count, args.seed)
+    simulated, frames, film = [observation[0].numpy()], [], args.imagine.endswith(".gif")
+    for action in chunks.view(-1, agent.sizes[1]).numpy():
+        frames += [env.render()] if film else []
+        simulated.append(env.step(action)[0])
+    if film:
+        logged, *_ = world.arrays(path, n)
+        places = read_npz(path, ["qpos", "qvel"])
+        normal = [agent.normalizer(torch.as_tensor(x)) for x in (states[:-1], logged)]
+        nearest = [int((normal[1] - state).square().sum(1).argmin()) for state in normal[0]]
+        other = world.make()
+        world.reset(other, task, args.seed)
+        for k, row in enumerate(nearest):
+            other.unwrapped.set_state(places["qpos"][row], places["qvel"][row])
+            for i in range(k * n, (k + 1) * n):
+                frames[i] = np.concatenate([frames[i], other.render()], 1)
+        return write_video(args.imagine, frames[::3])
+    logged, actions, ends, _ = world.arrays(validation_file(path), n)
+    first = max(0, ends[0] - count * n)
+    recorded = logged[first:first + count * n + 1]
+    given = torch.as_tensor(actions[first:first + len(recorded) // n * n]).view(-1, n * world.sizes[1])
+    replayed, _ = imagine(agent, agent.normalizer(torch.as_tensor(recorded[0])), goal, given)
+    picture, panels = figure(2)
+    for panel, title, truth, model in (
+            (panels[0], "recorded actions", recorded, replayed),
+            (panels[1], "the agent's own", np.array(simulated), states)):
+        spread = (truth.max(0) - truth.min(0)) / agent.normalizer.scale.numpy()
+        for color, column in enumerate(np.argsort(-spread)[:4]):
+            panel.plot(truth[:, column], f"C{color}", label=f"observation[{column}]")
+            panel.plot(np.arange(len(model)) * n, model[:, column], f"C{color}o", markersize=4)
+        panel.set(title=f"{title}: simulator -, model o", xlabel="environment steps")
+    save_figure(picture, args.imagine)
+
+
 # ------------------------------------------------------------------------------------ pictures
-
-def render(env):
-    try:
-        return env.render()
-    except Exception as error:  # mujoco raises several kinds where there is no renderer
-        raise MacError(f"--video: cannot render here ({error}); install EGL (libegl1), or set "
-                       "MUJOCO_GL to a renderer that is installed") from error
-
 
 def write_video(path, frames):
     import imageio.v3  # comes with ogbench
@@ -751,6 +821,10 @@ def parse(argv):
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                         help="where to run the networks")
     parser.add_argument("--video", metavar="OUT.gif", help="the first episode of each task")
+    parser.add_argument("--video-size", type=number(int, 16, 2000), default=400, metavar="PIXELS",
+                        help="of a film's side (default: 400)")
+    parser.add_argument("--imagine", metavar="OUT", help="instead of playing the next 100 steps as "
+                        "the simulator and as the model has them: curves (.png) or a film (.gif)")
     parser.add_argument("--json", metavar="OUT.json", help="write the numbers of one run")
     parser.add_argument("--plot", nargs="?", const="", metavar="OUT.png",
                         help="instead of playing draw the learning curve, or with --model-error "
@@ -759,16 +833,19 @@ def parse(argv):
                         help="instead of playing measure the dynamics model's")
     parser.add_argument("--model-error-steps", type=positive, metavar="STEPS", default=100,
                         help="how far to replay (default: 100)")
-    parser.add_argument("--dataset-dir", help="for --model-error, if it has moved")
+    parser.add_argument("--dataset-dir", help="for --model-error and --imagine, if it has moved")
     args = parser.parse_args(argv)
-    if (args.json or args.video) and (len(args.runs) > 1 or args.model_error
-                                      or args.plot is not None):
-        raise MacError("--json and --video take a single run, without --plot and --model-error")
-    for name in filter(None, (args.json, args.video, args.plot)):  # now, not after the episodes
+    if (args.json or args.video) and (args.model_error or args.plot is not None or args.imagine):
+        raise MacError("--json and --video do not go with --plot, --model-error and --imagine")
+    if (args.json or args.video or args.imagine) and len(args.runs) > 1:
+        raise MacError("--json, --video and --imagine take a single run")
+    for name in filter(None, (args.json, args.video, args.plot, args.imagine)):  # before the work
         if not os.access(pathlib.Path(name).absolute().parent, os.W_OK) or os.path.isdir(name):
             raise MacError(f"cannot write {name}: name a file in a folder that exists")
     if args.video and not args.video.endswith(".gif"):
         raise MacError(f"--video {args.video}: the name must end in .gif")
+    if args.imagine and not args.imagine.endswith((".gif", ".png")):
+        raise MacError(f"--imagine {args.imagine}: the name must end in .png or .gif")
     return args
 
 
@@ -777,16 +854,18 @@ def main(argv):
     args = parse(argv)
     import mac  # which imports this file: only a program needs both
 
+    if (args.video or args.imagine) and sys.platform == "linux":  # before mujoco is imported
+        os.environ.setdefault("MUJOCO_GL", "egl")
     if args.model_error:
         compare_model_errors(mac, args)
+    elif args.imagine:
+        compare_imagination(mac, args)
     elif args.plot is not None:
         try:
             plot_curves(args)
         except (ValueError, KeyError, TypeError) as error:
             raise MacError(f"a CSV file of the run is damaged: {error!r}") from error
     else:
-        if args.video and sys.platform == "linux":  # chosen before mujoco is imported
-            os.environ.setdefault("MUJOCO_GL", "egl")
         for run in args.runs:
             report = evaluate(run, mac.load(run, mac.set_up_device(args.device)), args)
         if args.json:

@@ -109,6 +109,7 @@ class Config:
     dataset_dir: str = setting("~/.ogbench/data", "folder of the .npz files")
     collect: int = setting(0, "train on this many episodes, collected here", low=0)
     save_dir: str = setting("", "run folder; default exp/<env>-seed<seed>")
+    tensorboard: bool = setting(False, "write the numbers of the .csv files for TensorBoard too")
     log_interval: int = setting(1000, "steps between rows of train.csv; 0: never", low=0)
     eval_interval: int = setting(100_000, "steps between evaluations; 0: none at all", low=0)
     save_interval: int = setting(10_000, "steps between checkpoints; 0: only the last", low=0)
@@ -400,15 +401,18 @@ class Agent(nn.Module):
         """The model's s_{t+n}: (..., O), (..., D) -> (..., O)"""
         return observation + self.dynamics(observation, chunk)
 
-    def best_of(self, candidates, observation, goal, generator):
+    def proposals(self, count, observation, goal, generator):
+        """N chunks of the policy for every state, and their Q. -> (B, N, D), (B, N)"""
+        observation = observation[:, None].expand(-1, count, -1)  # (B, N, O)
+        goal = goal[:, None].expand(-1, count, -1)  # (B, N, G)
+        chunks = self.policy.propose(observation, goal, generator)
+        return chunks, self.critic(observation, chunks, goal)
+
+    def best_of(self, count, observation, goal, generator):
         """Eq. 4: of N proposals the one that Q ranks first. (B, O), (B, G) -> (B, D)"""
-        observation = observation[:, None].expand(-1, candidates, -1)  # (B, N, O)
-        goal = goal[:, None].expand(-1, candidates, -1)  # (B, N, G)
-        chunks = self.policy.propose(observation, goal, generator)  # (B, N, D)
-        if candidates == 1:
-            return chunks[:, 0]
-        best = self.critic(observation, chunks, goal).argmax(1)  # (B,)
-        return chunks.gather(1, best[:, None, None].expand(-1, 1, chunks.shape[-1]))[:, 0]
+        chunks, q = self.proposals(count, observation, goal, generator)
+        best = q.argmax(1)[:, None, None].expand(-1, 1, chunks.shape[-1])  # (B, 1, D)
+        return chunks.gather(1, best)[:, 0]
 
     @torch.no_grad()
     def imagine(self, observation, goal, generator):
@@ -459,27 +463,27 @@ class Agent(nn.Module):
         return {**policy_losses, **self.model_losses(batch), **value_losses}, rollout
 
     @torch.no_grad()
+    def candidates(self, observation, goal=None, count=None, generator=None):
+        """What `act` chooses from, for raw observations (B, O) and goals (B, G), or (B, O) whose
+        columns it takes: N = `count` chunks, by default `eval_candidates`, and their Q.
+        -> float32 arrays (B, N, n, A) and (B, N). Raises ValueError as `act` does."""
+        observation, goal = checked(self, observation, goal)
+        chunks, q = self.proposals(count or self.config.eval_candidates,
+                                   self.normalizer(observation),
+                                   self.normalizer(goal, self.columns), generator)
+        shape = (*q.shape, self.config.chunk, self.sizes[1])
+        return chunks.view(shape).cpu().numpy(), q.cpu().numpy()
+
     def act(self, observation, goal=None, candidates=None, generator=None):
         """Choose chunks for raw (not normalised) observations (B, O) or a single one (O,).
 
-        Args: goal: (B, G) or (B, O), of which it takes the columns, or without B; None where G
-            is 0. candidates: N, by default `eval_candidates`; 1 is the cloned behaviour.
+        Args: goal: as many, of width G or O; None where G is 0. candidates: N; 1 is cloning.
         Returns: (B, n, A) or (n, A) float32 array, in [-1, 1].
         Raises: ValueError for other shapes and for numbers that are not finite.
         """
-        single = np.ndim(observation) == 1
-        observation = rows("observation", observation, self.sizes[0]).to(self.device)
-        goal = np.zeros((len(observation), 0)) if goal is None else goal
-        goal = rows("goal", goal, len(self.columns), self.sizes[0]).to(self.device)
-        if len(goal) != len(observation):
-            raise ValueError(f"{len(goal)} goals for {len(observation)} observations")
-        if goal.shape[1] != len(self.columns):
-            goal = goal[:, self.columns]
-        chunk = self.best_of(candidates or self.config.eval_candidates,
-                             self.normalizer(observation), self.normalizer(goal, self.columns),
-                             generator)
-        chunk = chunk.view(-1, self.config.chunk, self.sizes[1]).cpu().numpy()
-        return chunk[0] if single else chunk
+        chunks, q = self.candidates(observation, goal, candidates, generator)
+        best = chunks[np.arange(len(q)), q.argmax(1)]
+        return best[0] if np.ndim(observation) == 1 else best
 
 
 def update(agent, optimizer, batch, generator, warmup=False):
@@ -622,6 +626,18 @@ def rows(name, given, *widths):
     return torch.from_numpy(array)
 
 
+def checked(agent, observation, goal):
+    """An observation and its goal, or a batch of them, as tensors (B, O) and (B, G) on the
+    agent's device. Raises ValueError."""
+    observation = rows("observation", observation, agent.sizes[0])
+    goal = np.zeros((len(observation), 0)) if goal is None else goal
+    goal = rows("goal", goal, len(agent.columns), agent.sizes[0])
+    if len(goal) != len(observation):
+        raise ValueError(f"{len(goal)} goals for {len(observation)} observations")
+    observation, goal = observation.to(agent.device), goal.to(agent.device)
+    return observation, goal if goal.shape[1] == len(agent.columns) else goal[:, agent.columns]
+
+
 def make_dataset(arrays, columns, config, device=torch.device("cpu")):
     """The chunk dataset of a world's `arrays` on `device`, or on the host if it would fill more
     than half of the memory that the device has left."""
@@ -700,13 +716,27 @@ def cut_log(path, keep):
         write(path, "".join([head, *kept] if head.endswith("\n") else []).encode())
 
 
-def add_to_log(path, rows):
-    """Append dictionaries of equal keys to a CSV file, whose first line names them."""
+def add_to_log(path, rows, writer=None):
+    """Append dictionaries of equal keys to a CSV file, whose first line names them, and the
+    numbers in them to TensorBoard."""
     with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         if file.tell() == 0:
-            writer.writeheader()
-        writer.writerows(rows)
+            table.writeheader()
+        table.writerows(rows)
+    for row in rows if writer else ():
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and name != "step":
+                writer.add_scalar(f"{path.stem}/{row.get('task', '')}/{name}", value, row["step"])
+
+
+def open_tensorboard(folder, step):
+    """The writer of --tensorboard, which hides what an interrupted run wrote after `step`."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MacError("--tensorboard needs tensorboard: pip install tensorboard") from None
+    return SummaryWriter(folder, purge_step=step + 1)
 
 
 # ----------------------------------------------------------------------------------- speed
@@ -858,7 +888,7 @@ class Run:
         self.optimizer = make_optimizer(self.agent)
         self.generators = make_generators(config.seed, self.dataset.ends.device, device)
         self.warmup_steps = int(config.warmup * config.steps)
-        self.step, self.saved, self.losses, self.success = 0, 0, {}, None
+        self.step, self.saved, self.losses, self.success, self.writer = 0, 0, {}, None, None
 
     def restore(self, state):
         """Continue from a checkpoint. More --steps than it was made with do not make the warmup
@@ -918,7 +948,7 @@ class Run:
                                       config.execute, config.eval_candidates)
                 if table:
                     add_to_log(folder / "eval.csv", [{"step": self.step, "task": name, **row}
-                                                     for name, row in table.items()])
+                                                     for name, row in table.items()], self.writer)
             if self.step == config.steps or stop():
                 break
             warmup = self.step < self.warmup_steps
@@ -949,7 +979,7 @@ class Run:
         now = {name: value.item() for name, value in self.losses.items()}
         row = {name: now.get(name, "") for name in (*validation, "rollout_reward")}
         row.update({f"val_{name}": value.item() for name, value in validation.items()})
-        add_to_log(folder / "train.csv", [{"step": self.step, **row}])
+        add_to_log(folder / "train.csv", [{"step": self.step, **row}], self.writer)
         status = [f"{name} {now[name]:.3g}" for name in ("dynamics", "value", "critic")
                   if name in now]
         return ", ".join(status + ([f"success {self.success:.0%}"] if self.success is not None
@@ -1015,6 +1045,7 @@ def train(config, device, folder, checkpoint):
         cut_log(folder / "train.csv", lambda step: step <= run.step)
         cut_log(folder / "eval.csv", lambda step: step < run.step)
         write(folder / "config.json", (settings + "\n").encode())
+        run.writer = open_tensorboard(folder, run.step) if config.tensorboard else None
         evaluator = Evaluator(world)
         run.train(folder, evaluator, stop)
         if config.small and config.eval_interval:  # beside the behaviour, which N = 1 is
@@ -1033,7 +1064,7 @@ def train(config, device, folder, checkpoint):
 # What --resume may change. Of these the parameters at a given step depend only on `steps`, which
 # sets the length of a decay, and on `device`, whose noise is another.
 MAY_CHANGE = {"steps", "device", "log_interval", "eval_interval", "save_interval",
-              "eval_episodes", "dataset_dir", "save_dir"}
+              "eval_episodes", "dataset_dir", "save_dir", "tensorboard"}
 
 
 def parse(argv):

@@ -8,6 +8,7 @@ import fcntl
 import functools
 import hashlib
 import http.server
+import importlib.util
 import io
 import json
 import math
@@ -15,6 +16,7 @@ import os
 import pathlib
 import pickle
 import pty
+import re
 import resource
 import shutil
 import signal
@@ -1093,33 +1095,134 @@ def test_evaluation_is_repeatable_and_leaves_training_noise_alone(trained):
     assert np.array_equal(*goals)
 
 
-def test_a_policy_an_outcome_and_a_world_from_outside_the_file(tmp_path, monkeypatch):
-    class Still(mac.GaussianPolicy):
-        """Proposes to do nothing."""
+def readme_code(word):
+    """The block of Python in the README that holds `word`."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.DOTALL)
+    return next(block for block in blocks if word in block)
 
-        def propose(self, observation, goal, generator):
-            return torch.zeros_like(self.moments(observation, goal)[0])
 
-    class Near(mac.SuccessModel):
-        """Learns that a goal is met where the next state's first coordinate is near."""
+def test_the_readmes_policy_outcome_and_world_from_a_file_of_ones_own(tmp_path):
+    (tmp_path / "mine.py").write_text(readme_code("class Line"))
+    command = ("mine.py --env line --policy smooth --small --width 32 --chunk 5 --steps 40 "
+               "--log-interval 20 --eval-interval 40 --eval-episodes 2 --save-dir run").split()
+    process = subprocess.run([sys.executable, *command], cwd=tmp_path, capture_output=True,
+                             text=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert process.returncode == 0, process.stderr
+    assert "goals are columns [0]" in process.stdout
+    assert len(world.read_csv(tmp_path / "run" / "train.csv")) == 2
+    code = """import eval, mac, mine
+agent = mac.load("run")
+assert type(agent.policy) is mine.Smooth and type(agent.outcome) is mine.Near
+eval.main(["run", "--episodes", "3"])"""
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
+                             text=True, env={**os.environ, "PYTHONPATH": str(HERE)})
+    assert process.returncode == 0 and "overall" in process.stdout, process.stderr
+    spec = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
+    with pytest.MonkeyPatch.context() as patch:  # what the file registers is gone after the test
+        patch.setattr(mac, "POLICIES", dict(mac.POLICIES))
+        patch.setattr(mac, "OUTCOMES", dict(mac.OUTCOMES))
+        patch.setattr(world, "WORLDS", list(world.WORLDS))
+        mine = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(mine)
+    states, actions, ends, rewards = mine.Line().arrays(pathlib.Path("line.npz"), 5)
+    assert len(states) == len(actions) == len(rewards) == ends[-1] + 1
+    simulator = mine.Line()
+    simulator.reset(simulator, 1, 0)
+    simulator.goal += 9  # which it cannot meet
+    assert np.allclose([simulator.step(a)[0] for a in actions[:49]], states[1:50], atol=1e-5)
 
-        def loss(self, batch):
-            near = (batch.next_observation[:, 0] - batch.value_goal[:, 0]).abs() < 0.1
-            return super().loss(batch._replace(success=near.float()))
 
-    monkeypatch.setitem(mac.POLICIES, "still", Still)
-    monkeypatch.setitem(mac.OUTCOMES, "success", Near)
-    monkeypatch.setattr(world, "WORLDS", [Counting, *world.WORLDS])
-    command = ["--env", "counting", "--policy", "still", "--width", "16", "--batch-size", "8",
-               "--chunk", "3", "--steps", "4", "--eval-episodes", "2", "--log-interval", "2",
-               "--device", "cpu", "--save-dir", str(tmp_path / "run")]
-    assert mac.main(command) == 0
-    rows = world.read_csv(tmp_path / "run" / "eval.csv")
-    assert [(row["task"], float(row["success"])) for row in rows] == [
-        ("task1", 0), ("task2", 1), ("overall", 0.5)]
-    assert world.main([str(tmp_path / "run"), "--episodes", "1"]) == 0
-    agent = mac.load(tmp_path / "run")
-    assert type(agent.outcome) is Near and not agent.act([0.0], [1.0]).any()
+def test_the_readmes_exported_program_acts_as_the_agent_does(trained):
+    agent = mac.load(trained[SINGLE])
+    agent.config.eval_flow = True  # as with --small
+    names = {"torch": torch, "agent": agent}
+    exec(readme_code("class Acting"), names)
+    x, z = torch.linspace(-1, 1, 28), torch.randn(16, 50, generator=generator())
+    chunk = names["program"].module()(x, torch.zeros(0), z).detach().view(10, 5)
+    assert np.allclose(chunk, agent.act(x, None, 16, generator()), atol=1e-5)
+
+
+def test_the_readmes_own_lines_and_the_candidates_behind_an_action(trained):
+    code = readme_code("agent.candidates").replace("exp/cube-single-play-singletask-v0-seed0",
+                                                   str(trained[SINGLE]))
+    names = {}
+    exec(code, names)
+    assert names["chunk"].shape == (10, 5) and names["q"].shape == (1, 32)
+    agent = mac.load(trained["cube-single-play-v0"])
+    x, g = np.random.default_rng(0).normal(size=(3, 28)), np.ones((3, 3))
+    chunks, q = agent.candidates(x, g, 7, generator(2))
+    assert chunks.shape == (3, 7, 10, 5) and chunks.dtype == q.dtype == np.float32
+    state, goal = (torch.tensor(v, dtype=torch.float32) for v in (x, g))
+    state, goal = agent.normalizer(state), agent.normalizer(goal, agent.columns)
+    for b in range(3):
+        for i in range(7):
+            score = agent.critic(state[b], torch.tensor(chunks[b, i]).flatten(), goal[b])
+            assert np.isclose(score.item(), q[b, i], atol=1e-5)
+    best = [chunks[b, q[b].argmax()] for b in range(3)]
+    assert np.array_equal(agent.act(x, g, 7, generator(2)), best)
+
+
+def test_tensorboard_holds_the_numbers_of_the_csv_files(tmp_path, monkeypatch, capsys):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setattr(world, "WORLDS", [Counting])
+    command = ["--env", "counting", "--width", "16", "--batch-size", "8", "--chunk", "3",
+               "--device", "cpu", "--eval-interval", "2", "--eval-episodes", "1", "--log-interval",
+               "1", "--tensorboard", "--save-dir", str(tmp_path / "run"), "--steps"]
+    assert mac.main([*command, "2"]) == mac.main([*command, "4", "--resume"]) == 0
+    events = accumulator.EventAccumulator(str(tmp_path / "run")).Reload()
+    for file, name, tag in (("train", "val_dynamics", "train//val_dynamics"),
+                            ("eval", "length", "eval/task1/length")):
+        rows = [row for row in world.read_csv(tmp_path / "run" / f"{file}.csv")
+                if row.get("task", "task1") == "task1"]
+        assert [(event.step, pytest.approx(event.value)) for event in events.Scalars(tag)] == [
+            (int(row["step"]), float(row[name])) for row in rows]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    command[-2] = str(tmp_path / "other")
+    assert "pip install tensorboard" in failing(capsys, *command, "2")
+
+
+def test_imagined_futures_against_a_plain_loop(trained, tmp_path):
+    agent = mac.load(trained["cube-single-play-v0"])
+    state, goal, chunks = torch.randn(28), torch.randn(3), torch.rand(4, 50)
+    given, _ = world.imagine(agent, state, goal, chunks)
+    own, chosen = world.imagine(agent, state, goal, 4, seed=2)
+    noise, rolled, middle, scale = generator(2), state, *agent.normalizer.buffers()
+    with torch.no_grad():
+        for k in range(4):
+            assert np.allclose(given[k], state * scale + middle, atol=1e-4)
+            assert np.allclose(own[k], rolled * scale + middle, atol=1e-4)
+            state = state + agent.dynamics(state, chunks[k])
+            chunk = agent.best_of(32, rolled[None], goal[None], noise)[0]
+            assert torch.allclose(chunk, chosen[k])
+            rolled = rolled + agent.dynamics(rolled, chunk)
+    assert len(own) == len(given) == 5
+    if importlib.util.find_spec("matplotlib"):
+        assert world.main([str(trained[SINGLE]), "--imagine", str(tmp_path / "x.png")]) == 0
+        assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_films_and_rendering_where_there_is_a_renderer_or_none(trained, tmp_path):
+    run, env = str(trained[SINGLE]), {**os.environ, "PYTHONPATH": str(HERE)}
+    code = (f"import eval; w = eval.find_world({SINGLE!r}); w.reset(w.env, 2, 0)\n"
+            "eval.command(lambda _: print(w.env.render().shape))()")
+    for renderer in ("egl", None):
+        env.pop("MUJOCO_GL", None)
+        env.update({"MUJOCO_GL": renderer} if renderer else {})
+        process = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True,
+                                 text=True)
+        if renderer and "(200, 200, 3)" not in process.stdout:
+            pytest.skip("no EGL here")
+    assert process.stderr.startswith("error: cannot render with MUJOCO_GL=disabled")
+    assert process.stderr.count("\n") == 1 and "set MUJOCO_GL=egl" in process.stderr
+    for flag in ("--video", "--imagine"):
+        command = [run, flag, str(tmp_path / "x.gif"), "--video-size", "32"]
+        process = subprocess.run([sys.executable, HERE / "eval.py", *command, *(
+            ["--episodes", "1", "--execute", "10"] if flag == "--video" else [])],
+            env=env, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        import imageio.v3
+        shape = imageio.v3.imread(tmp_path / "x.gif").shape
+        assert shape[1:] == (32, 32 if flag == "--video" else 64, 3) and shape[0] > 30
 
 
 def test_model_error_against_a_plain_loop(trained, data_dir):
@@ -1644,8 +1747,10 @@ def test_bad_input_is_one_line_and_status_2(command, message, data_dir, tmp_path
     ("nowhere --jsn x", "unrecognized arguments: --jsn x"),
     ("nowhere --episode 5", "unrecognized arguments: --episode 5"),
     ("nowhere --json no/x.json", "cannot write no/x.json"),
-    ("nowhere --json x.json --plot", "without --plot and --model-error"),
-    ("nowhere there --video x.gif", "--video take a single run"),
+    ("nowhere --json x.json --plot", "do not go with --plot, --model-error and --imagine"),
+    ("nowhere there --video x.gif", "--imagine take a single run"),
+    ("nowhere --imagine x.mp4", "must end in .png or .gif"),
+    ("nowhere --video x.gif --video-size 3", "--video-size"),
     ("nowhere --video x.mp4", "must end in .gif"),
 ])
 def test_bad_input_to_eval(command, message, capsys):
