@@ -614,7 +614,7 @@ def evaluate(run, agent, args):
 
     if args.video:
         world.pixels = args.video_size
-        world.env.reset()
+        world.reset(world.env, world.tasks[0], args.seed)
         world.env.render()  # an error now rather than after the first chunk
     table = summarize(Evaluator(world).play(agent, episodes, args.seed, execute, candidates, record))
     say(f"{run}: {config.env}, step {agent.step}, trained on {agent.data_source}")
@@ -715,21 +715,22 @@ def compare_imagination(mac, args, steps=100):
     start, goal = agent.normalizer(observation)[0], agent.normalizer(goal, columns)[0]
     states, chunks = imagine(agent, start, goal, count, args.seed)
     simulated, frames, film = [observation[0].numpy()], [], args.imagine.endswith(".gif")
-    for action in chunks.view(-1, agent.sizes[1]).numpy():
-        frames += [env.render()] if film else []
+    for t, action in enumerate(chunks.view(-1, agent.sizes[1]).numpy()):
+        if film and t % 3 == 0:
+            frames.append(env.render())
         simulated.append(env.step(action)[0])
     if film:
         logged, *_ = world.arrays(path, n)
         places = read_npz(path, ["qpos", "qvel"])
         normal = [agent.normalizer(torch.as_tensor(x)) for x in (states[:-1], logged)]
         nearest = [int((normal[1] - state).square().sum(1).argmin()) for state in normal[0]]
-        other = world.make()
-        world.reset(other, task, args.seed)
-        for k, row in enumerate(nearest):
-            other.unwrapped.set_state(places["qpos"][row], places["qvel"][row])
-            for i in range(k * n, (k + 1) * n):
-                frames[i] = np.concatenate([frames[i], other.render()], 1)
-        return write_video(args.imagine, frames[::3])
+        world.reset(env, task, args.seed)
+        imagined = []
+        for row in nearest:
+            env.unwrapped.set_state(places["qpos"][row], places["qvel"][row])
+            imagined.append(env.render())
+        return write_video(args.imagine, [np.concatenate([frame, imagined[3 * i // n]], 1)
+                                          for i, frame in enumerate(frames)])
     logged, actions, ends, _ = world.arrays(validation_file(path), n)
     first = max(0, ends[0] - count * n)
     recorded = logged[first:first + count * n + 1]
