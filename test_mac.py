@@ -1103,7 +1103,7 @@ def readme_code(word):
     return next(block for block in blocks if word in block)
 
 
-def test_the_readmes_policy_outcome_and_world_from_a_file_of_ones_own(tmp_path):
+def test_the_readmes_policy_outcome_and_world_from_a_file_of_ones_own(tmp_path, capsys):
     (tmp_path / "mine.py").write_text(readme_code("class Line"))
     command = ("mine.py --env line --policy smooth --small --width 32 --chunk 5 --steps 40 "
                "--log-interval 20 --eval-interval 40 --eval-episodes 2 --save-dir run").split()
@@ -1112,20 +1112,16 @@ def test_the_readmes_policy_outcome_and_world_from_a_file_of_ones_own(tmp_path):
     assert process.returncode == 0, process.stderr
     assert "goals are columns [0]" in process.stdout
     assert len(world.read_csv(tmp_path / "run" / "train.csv")) == 2
-    code = """import eval, mac, mine
-agent = mac.load("run")
-assert type(agent.policy) is mine.Smooth and type(agent.outcome) is mine.Near
-eval.main(["run", "--episodes", "3"])"""
-    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
-                             text=True, env={**os.environ, "PYTHONPATH": str(HERE)})
-    assert process.returncode == 0 and "overall" in process.stdout, process.stderr
-    spec = importlib.util.spec_from_file_location("mine", tmp_path / "mine.py")
     with pytest.MonkeyPatch.context() as patch:  # what the file registers is gone after the test
         patch.setattr(mac, "POLICIES", dict(mac.POLICIES))
         patch.setattr(mac, "OUTCOMES", dict(mac.OUTCOMES))
         patch.setattr(world, "WORLDS", list(world.WORLDS))
-        mine = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(mine)
+        mine = types.ModuleType("mine")
+        exec((tmp_path / "mine.py").read_text(), mine.__dict__)
+        agent = mac.load(tmp_path / "run")
+        assert type(agent.policy) is mine.Smooth and type(agent.outcome) is mine.Near
+        assert world.main([str(tmp_path / "run"), "--episodes", "3"]) == 0
+    assert "overall" in capsys.readouterr().out
     states, actions, ends, rewards = mine.Line().arrays(pathlib.Path("line.npz"), 5)
     assert len(states) == len(actions) == len(rewards) == ends[-1] + 1
     simulator = mine.Line()
@@ -1211,13 +1207,14 @@ def test_films_and_rendering_where_there_is_a_renderer_or_none(trained, tmp_path
     process = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert process.stderr.startswith("error: cannot render with MUJOCO_GL=disabled")
     assert process.stderr.count("\n") == 1 and "set MUJOCO_GL=egl" in process.stderr
-    process = subprocess.run([sys.executable, HERE / "eval.py", trained[SINGLE], "--imagine",
-                              "x.gif", "--video-size", "32"], cwd=tmp_path, env=env, text=True,
+    code = ("import eval; eval.compare_imagination.__defaults__ = (30,)\n"  # steps
+            f"eval.main([{str(trained[SINGLE])!r}, '--imagine', 'x.gif', '--video-size', '32'])")
+    process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, text=True,
                              capture_output=True)
     if "cannot render" in process.stderr or "OGBench does not start" in process.stderr:
         pytest.skip("no EGL here")
     assert process.returncode == 0, process.stderr
-    assert imageio.v3.imread(tmp_path / "x.gif").shape == (34, 32, 64, 3)
+    assert imageio.v3.imread(tmp_path / "x.gif").shape == (10, 32, 64, 3)
 
 
 def test_a_video_has_a_third_of_the_frames_of_each_tasks_first_episode(tmp_path, monkeypatch):
@@ -1418,6 +1415,7 @@ def interrupt(data_dir, folder, interruptions, reference):
     command = train_command(data_dir, folder, "--save-interval", "1", "--resume")
     for number, delay in interruptions:
         process = spawn(*command)
+        process.stdout.close()  # a reader that has gone is no reason to end, nor for a traceback
         while process.poll() is None:  # until it has logged a step that is its own
             rows = log.read_text().count("\n") if log.exists() else 0
             if rows > 1 and saved.exists() and saved.stat().st_mtime > process.started:
@@ -1425,8 +1423,9 @@ def interrupt(data_dir, folder, interruptions, reference):
             time.sleep(0.002)
         time.sleep(delay)
         process.send_signal(number)
-        expected = (-9, 0) if number == signal.SIGKILL else (128 + number,)
-        assert process.wait(20) in expected, process.stderr.read()
+        error = process.communicate(timeout=20)[1]
+        assert process.returncode in ((-9, 0) if number == signal.SIGKILL else (128 + number,))
+        assert "Traceback" not in error and "\r" not in error, error  # and no bar
         assert mac.load_checkpoint(folder)["step"] > 0
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -1491,14 +1490,6 @@ def test_training_in_a_thread_leaves_signals_alone(data_dir, tmp_path):
     thread.start()
     thread.join()
     assert status == [0] and signal.getsignal(signal.SIGTERM) is before
-
-
-def test_a_reader_that_has_gone_ends_neither_the_run_nor_in_a_traceback(data_dir, tmp_path):
-    process = spawn(*train_command(data_dir, tmp_path, "--steps", "5"))
-    process.stdout.close()
-    error = process.stderr.read()
-    assert process.wait() == 0 and "Traceback" not in error and "\r" not in error  # and no bar
-    assert mac.load_checkpoint(tmp_path)["step"] == 5
 
 
 def small_checkpoint(folder, step=1):
