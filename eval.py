@@ -721,13 +721,15 @@ def compare_imagination(mac, args, steps=100):
         simulated.append(env.step(action)[0])
     if film:
         logged, *_ = world.arrays(path, n)
-        places = read_npz(path, ["qpos", "qvel"])
+        places = read_npz(path, ["qpos"])
+        if "qpos" not in places:
+            raise MacError(f"{path}: has no array 'qpos' to draw imagined states with")
         normal = [agent.normalizer(torch.as_tensor(x)) for x in (states[:-1], logged)]
         nearest = [int((normal[1] - state).square().sum(1).argmin()) for state in normal[0]]
         world.reset(env, task, args.seed)
         imagined = []
         for row in nearest:
-            env.unwrapped.set_state(places["qpos"][row], places["qvel"][row])
+            env.unwrapped.set_state(places["qpos"][row], np.zeros(env.unwrapped.model.nv))
             imagined.append(env.render())
         return write_video(args.imagine, [np.concatenate([frame, imagined[3 * i // n]], 1)
                                           for i, frame in enumerate(frames)])
