@@ -60,7 +60,10 @@ def command(main):
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             return 130
-        except (MacError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        except (MacError, OSError, MemoryError, RuntimeError) as error:
+            known = isinstance(error, (MacError, OSError, MemoryError, torch.OutOfMemoryError))
+            if not known and "allocate memory" not in str(error):  # as a CPU's lack of it is called
+                raise
             text = str(error)
             if getattr(error, "filename", None):
                 text = f"cannot use {error.filename}: {error.strerror}"
@@ -272,7 +275,7 @@ class OGBench:
         too. Without `obtain` only what is in the folder already.
         -> path, where the data came from in a line, and the number of collected episodes."""
         if collect and not self.scripted:
-            raise MacError(f"--collect {collect}: OGBench has no scripted policy for {self.dataset}")
+            raise MacError(f"--collect: OGBench has no scripted policy for {self.dataset}")
         name = f"{self.dataset}-collected{collect}" if collect else self.dataset
         path = folder / f"{name}.npz"
         files = path, validation_file(path)
@@ -616,7 +619,8 @@ def evaluate(run, agent, args):
         world.pixels = args.video_size
         world.reset(world.env, world.tasks[0], args.seed)
         world.env.render()  # an error now rather than after the first chunk
-    table = summarize(Evaluator(world).play(agent, episodes, args.seed, execute, candidates, record))
+    results = Evaluator(world).play(agent, episodes, args.seed, execute, candidates, record)
+    table = summarize(results)
     say(f"{run}: {config.env}, step {agent.step}, trained on {agent.data_source}")
     say(f"{config.policy} policy, best of {candidates}, {execute} of the {config.chunk} actions of "
         f"each chunk executed, seed {args.seed}, on {agent.device.type}")
@@ -721,7 +725,7 @@ def compare_imagination(mac, args, steps=100):
         simulated.append(env.step(action)[0])
     if film:
         logged, *_ = world.arrays(path, n)
-        places = read_npz(path, ["qpos"])
+        places = read_npz(path, ["qpos", "button_states"])
         if "qpos" not in places:
             raise MacError(f"{path}: has no array 'qpos' to draw imagined states with")
         normal = [agent.normalizer(torch.as_tensor(x)) for x in (states[:-1], logged)]
@@ -729,14 +733,16 @@ def compare_imagination(mac, args, steps=100):
         world.reset(env, task, args.seed)
         imagined = []
         for row in nearest:
-            env.unwrapped.set_state(places["qpos"][row], np.zeros(env.unwrapped.model.nv))
+            buttons = places["button_states"][row:row + 1] if "button_states" in places else ()
+            env.unwrapped.set_state(places["qpos"][row], np.zeros(env.unwrapped.model.nv), *buttons)
             imagined.append(env.render())
         return write_video(args.imagine, [np.concatenate([frame, imagined[3 * i // n]], 1)
                                           for i, frame in enumerate(frames)])
     logged, actions, ends, _ = world.arrays(validation_file(path), n)
     first = max(0, ends[0] - count * n)
     recorded = logged[first:first + count * n + 1]
-    given = torch.as_tensor(actions[first:first + len(recorded) // n * n]).view(-1, n * world.sizes[1])
+    given = torch.as_tensor(actions[first:first + len(recorded) // n * n])
+    given = given.view(-1, n * world.sizes[1])
     replayed, _ = imagine(agent, agent.normalizer(torch.as_tensor(recorded[0])), goal, given)
     picture, panels = figure(2)
     for panel, title, truth, model in (

@@ -37,8 +37,9 @@ import torch
 import eval as world
 import mac
 
-# A shell starts its background jobs with interrupts ignored; what is tested here receives them.
+# A shell starts its background jobs with signals ignored; what is tested here receives them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 HERE = pathlib.Path(__file__).parent
 TINY = ["--width", "16", "--batch-size", "8", "--collect", "1", "--device", "cpu"]
@@ -1727,7 +1728,7 @@ def test_a_run_folder_is_neither_overwritten_nor_shared(trained, data_dir, capsy
     ("--save-dir /proc", "cannot use /proc/.lock: "),
     ("--save-dir ~no-such-user/run", "no home folder for ~no-such-user/run: set --save-dir"),
     ("--dataset-dir ~no-such-user", "no home folder for ~no-such-user: set --dataset-dir"),
-    ("--chunk 1001", "no trajectory is longer than a chunk"),
+    ("--chunk 1001", "no trajectory is longer than a chunk"), ("--width 1000000", "memory"),
     ("--env antmaze-large-navigate-v0 --collect 3", "no scripted policy"),
     ("--resume --steps", "expected one argument"),
 ])
@@ -1753,4 +1754,6 @@ def test_bad_input_is_one_line_and_status_2(command, message, data_dir, tmp_path
     ("nowhere --video x.mp4", "must end in .gif"),
 ])
 def test_bad_input_to_eval(command, message, capsys):
+    if "--plot" in command:
+        pytest.importorskip("matplotlib")
     assert message in failing(capsys, *command.split(), main=world.main)
