@@ -92,7 +92,7 @@ class Config:
     fql_alpha: float = setting(1.0, "weight of distillation in --policy fql (Table 11)", low=0)
     discount: float = setting(0.999, "gamma per environment step", low=0.001, high=0.999999)
     chunk_reward: str = setting("mean", "of its n rewards", choices=("mean", "sum"))
-    goal: str = setting("task", "what of a goal counts", choices=("task", "observation"))
+    goal: str = setting("task", "what a goal consists of", choices=("task", "observation"))
     value_goals: tuple = setting((0.2, 0.0, 0.5, 0.3), "odds that a value goal is the current / "
                                  "a geometric / a uniform future / a random state", low=0)
     actor_goals: tuple = setting((0.0, 1.0, 0.0, 0.0), "the same for actor goals", low=0)
@@ -101,10 +101,10 @@ class Config:
     batch_size: int = setting(256, "chunks per gradient step; goal-conditioned 1024", low=1)
     rollout_batch_size: int = setting(0, "of a batch's states those rolled out; 0: all", low=0)
     learning_rate: float = setting(3e-4, "Adam's step size", low=0)
-    warmup: float = setting(0.0, "share of the steps, at first without V, Q", low=0, high=0.99)
+    warmup: float = setting(0.0, "share of the steps, the first, without V and Q", low=0, high=0.99)
     decay: bool = setting(False, "after the warmup, let the learning rate fall linearly to zero")
     ema_rate: float = setting(0.005, "target V moves this much per step", low=0, high=1)
-    precision: str = setting("float32", "where it does no harm", choices=("float32", "bfloat16"))
+    precision: str = setting("float32", "of proposals and scores", choices=("float32", "bfloat16"))
     # data, logs, files
     dataset_dir: str = setting("~/.ogbench/data", "folder of the .npz files")
     collect: int = setting(0, "train on this many episodes, collected here", low=0)
