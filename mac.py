@@ -468,8 +468,10 @@ class Agent(nn.Module):
         columns it takes: N = `count` chunks, by default `eval_candidates`, and their Q.
         -> float32 arrays (B, N, n, A) and (B, N). Raises ValueError as `act` does."""
         observation, goal = checked(self, observation, goal)
-        chunks, q = self.proposals(count or self.config.eval_candidates,
-                                   self.normalizer(observation),
+        count = self.config.eval_candidates if count is None else count
+        if count < 1:
+            raise ValueError(f"{count} candidates, where at least one is needed")
+        chunks, q = self.proposals(count, self.normalizer(observation),
                                    self.normalizer(goal, self.columns), generator)
         shape = (*q.shape, self.config.chunk, self.sizes[1])
         return chunks.view(shape).cpu().numpy(), q.cpu().numpy()

@@ -1303,6 +1303,8 @@ def test_load_gives_an_agent_for_other_programs(trained, cube):
             ([[1.0], [1, 2]], g, "inhomogeneous")):
         with pytest.raises(ValueError, match=message):
             agent.act(observation, goal)
+    with pytest.raises(ValueError, match="0 candidates"):
+        agent.act(x, g, candidates=0)
 
 
 def test_import_starts_nothing(tmp_path):
