@@ -739,10 +739,10 @@ def compare_imagination(mac, args, steps=100):
         return write_video(args.imagine, [np.concatenate([frame, imagined[3 * i // n]], 1)
                                           for i, frame in enumerate(frames)])
     logged, actions, ends, _ = world.arrays(validation_file(path), n)
-    first = max(0, ends[0] - count * n)
-    recorded = logged[first:first + count * n + 1]
-    given = torch.as_tensor(actions[first:first + len(recorded) // n * n])
-    given = given.view(-1, n * world.sizes[1])
+    lengths = np.diff(ends, prepend=-1)  # in states
+    last, rows = ends[lengths.argmax()], min(count, (lengths.max() - 1) // n) * n
+    recorded = logged[last - rows:last + 1]
+    given = torch.as_tensor(actions[last - rows:last]).view(-1, n * world.sizes[1])
     replayed, _ = imagine(agent, agent.normalizer(torch.as_tensor(recorded[0])), goal, given)
     picture, panels = figure(2)
     for panel, title, truth, model in (
@@ -771,7 +771,7 @@ def figure(panels):
     try:
         import matplotlib.figure
     except ImportError:
-        raise MacError("--plot needs matplotlib: pip install matplotlib") from None
+        raise MacError("pictures need matplotlib: pip install matplotlib") from None
     figure = matplotlib.figure.Figure((4.5 * panels, 3.2), layout="tight")
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 

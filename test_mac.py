@@ -1229,6 +1229,8 @@ def test_a_video_has_a_third_of_the_frames_of_each_tasks_first_episode(tmp_path,
     assert world.main([run, "--episodes", "2", "--video", film]) == 0
     frames = imageio.v3.imread(film).astype(int)
     assert np.allclose(frames[:, 0, 0, 0], [31, 121, 211, 32, 122, 212], atol=1)
+    if importlib.util.find_spec("matplotlib"):  # trajectories of less than 100 steps, too
+        assert world.main([run, "--imagine", str(tmp_path / "x.png")]) == 0
 
 
 def test_model_error_against_a_plain_loop(trained, data_dir):
