@@ -298,7 +298,7 @@ class OGBench:
 
     def arrays(self, path, chunk):
         """A data file, checked -> observations (T, O), actions (T, A), ends (K,) the index of each
-        trajectory's last state, rewards (T,) or None where goals take their place."""
+        trajectory's last state, rewards (T,), zeros where goals take their place."""
         observation, action = self.sizes
         widths = {"observations": observation, "actions": action}
         if self.fixed:  # OGBench makes the rewards of the simulator's states
@@ -826,7 +826,8 @@ def parse(argv):
                         "the run's setting")
     parser.add_argument("--candidates", type=positive, help="N; 1 is the cloned behaviour; default "
                         "the run's setting")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of the episodes")
+    parser.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0,
+                        help="of the episodes (default: 0)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
                         help="where to run the networks")
     parser.add_argument("--video", metavar="OUT.gif", help="the first episode of each task")

@@ -145,7 +145,7 @@ class ChunkDataset:
         observations: (T, O)
         actions: (T, A); the action of a trajectory's last state is never used.
         ends: (K,) index of each trajectory's last state, ascending.
-        rewards: (T,); nothing looks at them where there are goals.
+        rewards: (T,); no loss depends on them where there are goals.
         columns: (G,) the coordinates of an observation that make it a goal.
     """
 
@@ -819,7 +819,7 @@ def benchmark(config, device, updates):
 
     world = find_world(config.env, config.goal)
     arrays = (torch.randn(20_000, world.sizes[0]), torch.rand(20_000, world.sizes[1]) * 2 - 1,
-              torch.arange(999, 20_000, 1000), -torch.ones(20_000))
+              torch.tensor([19_999]), -torch.ones(20_000))
     run = Run(config, device, world, arrays, arrays)
     with FlopCounterMode(display=False) as counter:
         batch = to_device(run.dataset.sample(config.batch_size, run.generators[0]), device)
@@ -1036,7 +1036,7 @@ def train(config, device, folder, checkpoint):
         trial = timed(Run(config, device, world, *arrays).make_step(), 2, device)
         hours = min(trial) * (config.steps - (checkpoint or {"step": 0})["step"]) / 3600
         say(f"device: CPU, {torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()}; this takes up to {hours:.1f} hours"
+            f"{torch.backends.cpu.get_cpu_capability()}; updates take up to {hours:.1f} hours"
             + ("" if config.small else ", --small minutes"))
     run = Run(config, device, world, *arrays)
     run.agent.data_source = source
@@ -1052,7 +1052,7 @@ def train(config, device, folder, checkpoint):
         run.train(folder, evaluator, stop)
         if config.small and config.eval_interval:  # beside the behaviour, which N = 1 is
             for candidates in sorted({1, config.eval_candidates}):
-                for execute in sorted({1, config.chunk}):
+                for execute in sorted({1, config.chunk}) if not stop() else ():
                     run.evaluate(evaluator, stop, max(1, 50 // len(world.tasks)), config.seed + 1,
                                  execute, candidates)
         if stop():
@@ -1119,7 +1119,7 @@ def resumed(saved, config, given):
 def main(argv):
     given, resume, updates = parse(argv)
     config = Config(**given)
-    device = set_up_device(config.device)
+    device = set_up_device(config.device)  # an error now rather than after a collection
     if updates:
         return say(json.dumps(benchmark(config, device, updates)))
     folder = home(config.save_dir or f"exp/{config.env}-seed{config.seed}", "--save-dir")
@@ -1135,7 +1135,7 @@ def main(argv):
                 config = resumed(checkpoint, config, given)
         elif resume:
             say(f"{folder} holds no checkpoint to resume from: starting at step 0")
-        return train(config, device, folder, checkpoint)
+        return train(config, set_up_device(config.device), folder, checkpoint)
 
 
 if __name__ == "__main__":
