@@ -12,6 +12,7 @@ It needs only the run folder (the model error also the dataset), and of an agent
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import csv
 import difflib
 import fcntl
@@ -96,11 +97,12 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low, high=math.inf):
     """An argparse type: `kind` from `low` to `high`, which infinity is not."""
     def convert(text):
-        value = kind(text)
-        if not low <= value <= high or value == math.inf:
-            raise ValueError
-        return value
-    convert.__name__ = f"{kind.__name__} from {low} to {high}"  # argparse names it in its message
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if low <= value <= high and value != math.inf:
+                return value
+        limit = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number ({kind.__name__}) {limit}")
     return convert
 
 
@@ -112,10 +114,10 @@ def home(text, flag):
         raise MacError(f"there is no home folder for {text}: set {flag}") from error
 
 
-def lock(folder, wait=False):
+def lock(folder, name=".lock", wait=False):
     """Make the folder and hold it for this process; refuse or wait while another one does."""
     folder.mkdir(parents=True, exist_ok=True)
-    file = open(folder / ".lock", "w")
+    file = open(folder / name, "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -123,7 +125,7 @@ def lock(folder, wait=False):
     except OSError:
         pass  # a file system without locks
     for leftover in folder.glob(".*.tmp"):  # of a write that was killed
-        leftover.unlink()
+        leftover.unlink(missing_ok=True)
     return file
 
 
@@ -146,9 +148,9 @@ def write(path, data, keep=None):
         temporary.unlink(missing_ok=True)
 
 
-def write_npz(path, arrays, save=np.savez):
+def write_npz(path, arrays):
     buffer = io.BytesIO()
-    save(buffer, **arrays)
+    np.savez_compressed(buffer, **arrays)
     write(path, buffer.getbuffer())
 
 
@@ -182,7 +184,7 @@ def import_ogbench():
     renderer = os.environ.setdefault("MUJOCO_GL", "disabled")
     import gymnasium
     try:
-        import mujoco  # noqa: F401 it loads the renderer
+        import dm_control.mjcf  # noqa: F401 it loads the renderer, and so does mujoco
         import ogbench
     except Exception as error:  # mujoco raises many kinds if there is no such renderer
         raise MacError(f"OGBench does not start with MUJOCO_GL={renderer}: {error}") from error
@@ -246,20 +248,18 @@ class OGBench:
         ogbench, _ = import_ogbench()
         env = ogbench.make_env_and_datasets(self.env_id, env_only=True, width=self.pixels,
                                             height=self.pixels)
-        base, kind = env.unwrapped, type(env.unwrapped)
+        base, draw = env.unwrapped, env.unwrapped.render
 
-        class Seeded(kind):
-            action_space = base.action_space
+        def render():
+            try:
+                return draw()
+            except Exception as error:  # mujoco raises many kinds where there is no renderer
+                raise MacError(f"cannot render with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}): "
+                               "install EGL (libegl1) and set MUJOCO_GL=egl before the program "
+                               "starts") from error
 
-            def render(self, *args, **kwargs):
-                try:
-                    return kind.render(self, *args, **kwargs)
-                except Exception as error:  # mujoco raises many kinds where there is no renderer
-                    raise MacError(f"cannot render with MUJOCO_GL={os.environ['MUJOCO_GL']} "
-                                   f"({error}): install EGL (libegl1) and set MUJOCO_GL=egl before "
-                                   "the program starts") from error
-
-        base.__class__ = Seeded
+        base.__class__ = type("Seeded", (type(base),), {"action_space": base.action_space})
+        base.render = render
         return env
 
     def reset(self, env, task, seed):
@@ -280,6 +280,8 @@ class OGBench:
         path = folder / f"{name}.npz"
         files = path, validation_file(path)
         missing = obtain and not all(file.exists() for file in files)
+        if folder.exists() and not folder.is_dir():
+            raise MacError(f"--dataset-dir {folder}: that is a file")
         if missing and collect:
             collect_data(path, self.simulator, collect)
         elif missing:
@@ -334,12 +336,8 @@ def download(name, folder):
     ogbench, _ = import_ogbench()
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
-        timeout = socket.getdefaulttimeout()
-        socket.setdefaulttimeout(30)  # seconds without a byte
-        try:
-            ogbench.download_datasets([name], temporary)
-        finally:
-            socket.setdefaulttimeout(timeout)
+        socket.setdefaulttimeout(30)  # seconds without a byte; no other socket is opened here
+        ogbench.download_datasets([name], temporary)
         training = pathlib.Path(temporary) / f"{name}.npz"
         files = (validation_file(training), training)
         for file in files:
@@ -379,11 +377,9 @@ def read_data(path, widths, chunk):
     rows = arrays["observations"].shape[:1]
     for key, array in arrays.items():
         shape = (*rows, widths[key]) if key in widths else rows
-        if array.dtype.kind not in "fiub":
-            raise MacError(f"{path}: {key} holds {array.dtype}, not numbers")
-        if array.shape != shape:
-            raise MacError(f"{path}: {key} has shape {array.shape}; this environment and the "
-                           f"rows of observations ask for {shape}")
+        if array.dtype.kind not in "fiub" or array.shape != shape:
+            raise MacError(f"{path}: {key} has shape {array.shape} and type {array.dtype}; this "
+                           f"environment and the rows of observations ask for numbers, {shape}")
         with np.errstate(over="ignore"):  # what is too large for it is infinite
             array = arrays[key] = array.astype(np.float32, copy=False)
         limit = 1.1 if key == "actions" else np.inf
@@ -409,23 +405,21 @@ EPISODE_STEPS = 1001
 
 def collect_data(path, name, episodes, workers=None, seed=0):
     """Collect `episodes` training and a tenth as many validation episodes of simulator `name` into
-    `path` and its '-val' sibling, over all cores; the same data for any `workers`. Episodes wait in
-    a folder beside them, so that an interrupted collection goes on where it was."""
+    `path` and its '-val' sibling, where these are missing, over all cores; the same data for any
+    `workers`. Episodes wait in a folder beside them: an interrupted collection goes on."""
     parts = path.with_name(f".{path.stem}-episodes")
-    with lock(parts, wait=True):  # a second process would collect the same
-        if not (path.exists() and validation_file(path).exists()):
-            # Validation first: seeds follow this order, and a training file stands for both.
-            targets = [(validation_file(path), "-val", max(1, episodes // 10)),
-                       (path, "", episodes)]
-            files = {target: [parts / f"{seed}{suffix}-{i}.npz" for i in range(count)]
-                     for target, suffix, count in targets}
-            collect_episodes([(file, name, (seed, split, i)) for split, group in
-                              enumerate(files.values()) for i, file in enumerate(group)], workers)
-            for target in files:
-                arrays = [read_npz(file) for file in files[target]]
-                write_npz(target, {key: np.concatenate([a[key] for a in arrays])
-                                   for key in arrays[0]}, np.savez_compressed)
-        shutil.rmtree(parts, ignore_errors=True)  # gone already if another process was first
+    counts = {validation_file(path): max(1, episodes // 10), path: episodes}  # in order of seeds
+    with lock(path.parent, ".collecting", wait=True):  # a second process would collect the same
+        parts.mkdir(exist_ok=True)
+        jobs = {target: [(parts / f"{seed}-{split}-{i}.npz", name, (seed, split, i))
+                         for i in range(count)]
+                for split, (target, count) in enumerate(counts.items()) if not target.exists()}
+        if jobs:
+            collect_episodes([job for group in jobs.values() for job in group], workers)
+        for target, group in jobs.items():
+            arrays = [read_npz(file) for file, *_ in group]
+            write_npz(target, {key: np.concatenate([a[key] for a in arrays]) for key in arrays[0]})
+        shutil.rmtree(parts)
 
 
 def collect_episodes(jobs, workers=None):
@@ -504,22 +498,21 @@ def run_oracle(name, seed_sequence):
     stacking = np.random.uniform(low, high)
     oracle = oracles[info["privileged/target_task"]]
     oracle.reset(observation, info)
-    steps, done = collections.defaultdict(list), False
+    rows, done = [], False
     while not done:
         action = np.clip(oracle.select_action(observation, info), -1, 1)
         following, _, terminated, truncated, info = env.step(action)
         done = terminated or truncated
-        row = {"observations": observation, "actions": action, "terminals": done}
-        row.update({key: info["prev_" + key] for key in INFO_KEYS if "prev_" + key in info})
-        for key, value in row.items():
-            steps[key].append(value)
+        rows.append({"observations": observation, "actions": action, "terminals": done,
+                     **{key: info[f"prev_{key}"] for key in INFO_KEYS if f"prev_{key}" in info}})
         if oracle.done:
             new_observation, new_info = env.unwrapped.set_new_target(p_stack=stacking)
             oracle = oracles[new_info["privileged/target_task"]]
             oracle.reset(new_observation, new_info)
         observation = following
     dtypes = {"terminals": bool, "button_states": np.int64}
-    return {key: np.array(values, dtypes.get(key, np.float32)) for key, values in steps.items()}
+    return {key: np.array([row[key] for row in rows], dtypes.get(key, np.float32))
+            for key in rows[0]}
 
 
 # ------------------------------------------------------------------------------------ episodes
@@ -630,10 +623,9 @@ def evaluate(run, agent, args):
             f"{row['return']:9.1f} {row['length']:7.1f}")
     if args.video:
         write_video(args.video, [frame for task in sorted(frames) for frame in frames[task]])
-    overall = table.pop("overall")
     return {"env": config.env, "policy": config.policy, "step": agent.step, "seed": args.seed,
-            "episodes": episodes, "execute": execute, "candidates": candidates, "tasks": table,
-            "overall": overall}
+            "episodes": episodes, "execute": execute, "candidates": candidates,
+            "overall": table.pop("overall"), "tasks": table}
 
 
 @torch.no_grad()
@@ -653,11 +645,10 @@ def model_error(agent, dataset, steps, trajectories=2000):
         raise MacError(f"--model-error-steps {steps}: needs at least one chunk ({n} actions) "
                        "and a trajectory of that length")
     starts = starts[torch.linspace(0, len(starts) - 1, min(trajectories, len(starts))).long()]
-    prediction, errors = None, [(0, 0.0)]
+    prediction, errors = agent.normalizer(dataset.observations[starts]), [(0, 0.0)]
     for step in range(0, steps // n * n, n):
         batch = agent.normalize(dataset.batch(starts + step, torch.Generator()))
-        prediction = agent.next_observation(batch.observation if prediction is None
-                                            else prediction, batch.chunk)
+        prediction = agent.next_observation(prediction, batch.chunk)
         errors.append((step + n, (prediction - batch.next_observation).square().mean().item()))
     return errors
 
@@ -672,17 +663,17 @@ def compare_model_errors(mac, args):
         dataset = mac.make_dataset(world.arrays(validation_file(path), n), agent.columns.tolist(),
                                    agent.config)
         curve = model_error(agent, dataset, args.model_error_steps)
-        text = "".join(["steps,mse\n"] + [f"{s},{e}\n" for s, e in curve])
+        text = "".join(f"{steps},{error}\n" for steps, error in [("steps", "mse"), *curve])
         write(pathlib.Path(run) / "model_error.csv", text.encode())
         curves[f"n = {n}, {run}"] = curve[1:]
         shown = [point for point in curve[1:] if point[0] % 25 == 0] or curve[1:]
         say(f"n = {n}, {run}:", ", ".join(f"{s} steps {e:.4g}" for s, e in shown))
     if args.plot is not None:
-        picture, (panel,) = figure(1)
-        for label, curve in curves.items():
-            panel.plot(*zip(*curve), marker="." if len(curve) < 30 else "", label=label)
-        panel.set(xlabel="environment steps", ylabel="mean squared error", yscale="log")
-        save_figure(picture, args.plot or pathlib.Path(args.runs[0]) / "model_error.png")
+        path = args.plot or pathlib.Path(args.runs[0]) / "model_error.png"
+        with picture(path, 1) as (panel,):
+            for label, curve in curves.items():
+                panel.plot(*zip(*curve), marker="." if len(curve) < 30 else "", label=label)
+            panel.set(xlabel="environment steps", ylabel="mean squared error", yscale="log")
 
 
 def data_of(agent, args):
@@ -693,48 +684,32 @@ def data_of(agent, args):
 
 
 @torch.no_grad()
-def imagine(agent, state, goal, chunks, seed=0):
-    """The model's future from a normalised state (O,) with the `chunks` (H, D), or, where they are
-    a number, with that many of the agent's own. -> raw states (H+1, O), chunks (H, D)"""
-    states, done = [state[None]], []
-    generator = torch.Generator(agent.device).manual_seed(seed)
-    for k in range(chunks if isinstance(chunks, int) else len(chunks)):
-        done.append(agent.best_of(agent.config.eval_candidates, states[-1], goal[None], generator)
-                    if isinstance(chunks, int) else chunks[k:k + 1])
-        states.append(agent.next_observation(states[-1], done[-1]))
-    states = torch.cat(states) * agent.normalizer.scale + agent.normalizer.middle
-    return states.numpy(), torch.cat(done)
-
-
 def compare_imagination(mac, args, steps=100):
-    """100 steps as the simulator and as the model has them. As a picture: the coordinates that
-    vary most, with the actions of a recorded validation trajectory and with the agent's own.
+    """100 steps as the simulator and as the model has them. As a picture: those normalised
+    coordinates that vary most, with a recorded validation trajectory's actions and the agent's own.
     As a film of the latter: beside the simulator the logged states nearest to the model's."""
     agent = mac.load(args.runs[0])
-    n, (world, path), columns = agent.config.chunk, data_of(agent, args), agent.columns
-    world.pixels, count = args.video_size, steps // n
-    env, task = world.env, world.tasks[0]
-    observation, goal = world.reset(env, task, args.seed)
-    observation, goal = mac.checked(agent, observation, goal)
-    start, goal = agent.normalizer(observation)[0], agent.normalizer(goal, columns)[0]
-    states, chunks = imagine(agent, start, goal, count, args.seed)
-    simulated, frames, film = [observation[0].numpy()], [], args.imagine.endswith(".gif")
-    for t, action in enumerate(chunks.view(-1, agent.sizes[1]).numpy()):
+    n, (world, path), normal = agent.config.chunk, data_of(agent, args), agent.normalizer
+    world.pixels, count = args.video_size, max(1, steps // n)
+    env, frames, film = world.env, [], args.imagine.endswith(".gif")
+    observation, goal = mac.checked(agent, *world.reset(env, world.tasks[0], args.seed))
+    rollout = agent.imagine(normal(observation), normal(goal, agent.columns),
+                            torch.Generator().manual_seed(args.seed), count,
+                            args.candidates or agent.config.eval_candidates)
+    states, simulated = rollout.observations[:, 0], [observation[0].numpy()]
+    for t, action in enumerate(rollout.chunks.view(-1, world.sizes[1]).numpy()):
         if film and t % 3 == 0:
             frames.append(env.render())
         simulated.append(env.step(action)[0])
     if film:
-        logged, *_ = world.arrays(path, n)
-        places = read_npz(path, ["qpos", "button_states"])
+        logged, places = world.arrays(path, n)[0], read_npz(path, ["qpos", "button_states"])
         if "qpos" not in places:
             raise MacError(f"{path}: has no array 'qpos' to draw imagined states with")
-        normal = [agent.normalizer(torch.as_tensor(x)) for x in (states[:-1], logged)]
-        nearest = [int((normal[1] - state).square().sum(1).argmin()) for state in normal[0]]
-        world.reset(env, task, args.seed)
+        world.reset(env, world.tasks[0], args.seed)  # colours of a success stay otherwise
         imagined = []
-        for row in nearest:
-            buttons = places["button_states"][row:row + 1] if "button_states" in places else ()
-            env.unwrapped.set_state(places["qpos"][row], np.zeros(env.unwrapped.model.nv), *buttons)
+        for row in torch.cdist(states[:-1], normal(torch.as_tensor(logged))).argmin(1).tolist():
+            qpos, *buttons = (array[row] for array in places.values())
+            env.unwrapped.set_state(qpos, np.zeros(env.unwrapped.model.nv), *buttons)
             imagined.append(env.render())
         return write_video(args.imagine, [np.concatenate([frame, imagined[3 * i // n]], 1)
                                           for i, frame in enumerate(frames)])
@@ -742,18 +717,19 @@ def compare_imagination(mac, args, steps=100):
     lengths = np.diff(ends, prepend=-1)  # in states
     last, rows = ends[lengths.argmax()], min(count, (lengths.max() - 1) // n) * n
     recorded = logged[last - rows:last + 1]
-    given = torch.as_tensor(actions[last - rows:last]).view(-1, n * world.sizes[1])
-    replayed, _ = imagine(agent, agent.normalizer(torch.as_tensor(recorded[0])), goal, given)
-    picture, panels = figure(2)
-    for panel, title, truth, model in (
-            (panels[0], "recorded actions", recorded, replayed),
-            (panels[1], "the agent's own", np.array(simulated), states)):
-        spread = (truth.max(0) - truth.min(0)) / agent.normalizer.scale.numpy()
-        for color, column in enumerate(np.argsort(-spread)[:4]):
-            panel.plot(truth[:, column], f"C{color}", label=f"observation[{column}]")
-            panel.plot(np.arange(len(model)) * n, model[:, column], f"C{color}o", markersize=4)
-        panel.set(title=f"{title}: simulator -, model o", xlabel="environment steps")
-    save_figure(picture, args.imagine)
+    replayed = [normal(torch.as_tensor(recorded[:1]))]
+    for chunk in torch.as_tensor(actions[last - rows:last]).view(-1, 1, n * world.sizes[1]):
+        replayed.append(agent.next_observation(replayed[-1], chunk))
+    with picture(args.imagine, 2) as panels:
+        for panel, title, truth, model in (
+                (panels[0], "recorded actions", recorded, torch.cat(replayed)),
+                (panels[1], "the agent's own", np.stack(simulated), states)):
+            truth = normal(torch.as_tensor(truth, dtype=torch.float32))
+            spread = truth.amax(0) - truth.amin(0)
+            for color, column in enumerate(spread.argsort(descending=True)[:4].tolist()):
+                panel.plot(truth[:, column], f"C{color}", label=f"observation[{column}]")
+                panel.plot(np.arange(len(model)) * n, model[:, column], f"C{color}o", markersize=4)
+            panel.set(title=f"{title}: simulator -, model o", xlabel="environment steps")
 
 
 # ------------------------------------------------------------------------------------ pictures
@@ -766,17 +742,15 @@ def write_video(path, frames):
     say(f"wrote {path} ({len(frames)} frames)")
 
 
-def figure(panels):
-    """matplotlib's figure and its panels side by side."""
+@contextlib.contextmanager
+def picture(path, panels):
+    """matplotlib's panels, side by side, to draw into; afterwards they are written to `path`."""
     try:
         import matplotlib.figure
     except ImportError:
         raise MacError("pictures need matplotlib: pip install matplotlib") from None
     figure = matplotlib.figure.Figure((4.5 * panels, 3.2), layout="tight")
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
-
-
-def save_figure(figure, path):
+    yield figure.subplots(1, panels, squeeze=False)[0]
     for panel in figure.axes:
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=7)
@@ -788,24 +762,24 @@ def save_figure(figure, path):
 
 def plot_curves(args):
     """Success (eval.csv) and losses (train.csv) over gradient steps."""
-    picture, (success, losses) = figure(2)
-    for run, style in zip(map(pathlib.Path, args.runs), itertools.cycle(("-", "--", ":", "-."))):
-        rows = read_csv(run / "train.csv")
-        if not rows or "step" not in rows[0]:
-            raise MacError(f"{run / 'train.csv'} is not there or has no rows: nothing to plot")
-        for color, name in enumerate(("flow", "distill", "dynamics", "reward", "success", "value",
-                                      "critic")):
-            kept = [row for row in rows if row.get(name)]  # blank in the warmup
-            losses.plot(*[[float(row[key]) for row in kept] for key in ("step", name)], style,
-                        color=f"C{color}", label=name if kept and style == "-" else None)
-        rows = [row for row in read_csv(run / "eval.csv") if row["task"] == "overall"]
-        steps, mean, error = [np.array([float(row[key]) for row in rows])
-                              for key in ("step", "success", "stderr")]
-        success.plot(steps, mean, style, marker="o", label=run.name)
-        success.fill_between(steps, mean - error, mean + error, alpha=0.2)
-    success.set(xlabel="gradient steps", ylabel="success", ylim=(-0.05, 1.05))
-    losses.set(xlabel="gradient steps", ylabel="loss", yscale="log")
-    save_figure(picture, args.plot or pathlib.Path(args.runs[0]) / "curve.png")
+    runs = [pathlib.Path(run) for run in args.runs]
+    with picture(args.plot or runs[0] / "curve.png", 2) as (success, losses):
+        for run, style in zip(runs, itertools.cycle(("-", "--", ":", "-."))):
+            rows = read_csv(run / "train.csv")
+            if not rows or "step" not in rows[0]:
+                raise MacError(f"{run / 'train.csv'} is not there or has no rows: nothing to plot")
+            for color, name in enumerate(("flow", "distill", "dynamics", "reward", "success",
+                                          "value", "critic")):
+                kept = [row for row in rows if row.get(name)]  # blank in the warmup
+                losses.plot(*[[float(row[key]) for row in kept] for key in ("step", name)], style,
+                            color=f"C{color}", label=name if kept and run is runs[0] else None)
+            rows = [row for row in read_csv(run / "eval.csv") if row["task"] == "overall"]
+            steps, mean, error = [np.array([float(row[key]) for row in rows])
+                                  for key in ("step", "success", "stderr")]
+            success.plot(steps, mean, style, marker="o", label=run.name)
+            success.fill_between(steps, mean - error, mean + error, alpha=0.2)
+        success.set(xlabel="gradient steps", ylabel="success", ylim=(-0.05, 1.05))
+        losses.set(xlabel="gradient steps", ylabel="loss", yscale="log")
 
 
 def read_csv(path):
@@ -819,43 +793,40 @@ def read_csv(path):
 
 def parse(argv):
     parser = Parser("eval.py", allow_abbrev=False, description="Evaluate runs of mac.py.")
-    positive = number(int, 1)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    parser.add_argument("--episodes", type=positive, help="per task; default the run's setting")
-    parser.add_argument("--execute", type=positive, help="actions executed of each chunk; default "
-                        "the run's setting")
-    parser.add_argument("--candidates", type=positive, help="N; 1 is the cloned behaviour; default "
-                        "the run's setting")
-    parser.add_argument("--seed", type=number(int, 0, 2 ** 32 - 1), default=0,
-                        help="of the episodes (default: 0)")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto",
-                        help="where to run the networks")
-    parser.add_argument("--video", metavar="OUT.gif", help="the first episode of each task")
-    parser.add_argument("--video-size", type=number(int, 16, 2000), default=400, metavar="PIXELS",
-                        help="of a film's side (default: 400)")
-    parser.add_argument("--imagine", metavar="OUT", help="instead of playing the next 100 steps as "
-                        "the simulator and as the model has them: curves (.png) or a film (.gif)")
-    parser.add_argument("--json", metavar="OUT.json", help="write the numbers of one run")
-    parser.add_argument("--plot", nargs="?", const="", metavar="OUT.png",
-                        help="instead of playing draw the learning curve, or with --model-error "
-                        "the errors; default: into the (first) run folder")
-    parser.add_argument("--model-error", action="store_true",
-                        help="instead of playing measure the dynamics model's")
-    parser.add_argument("--model-error-steps", type=positive, metavar="STEPS", default=100,
-                        help="how far to replay (default: 100)")
-    parser.add_argument("--dataset-dir", help="for --model-error and --imagine, if it has moved")
+    add, positive = parser.add_argument, number(int, 1)
+    add("runs", nargs="+", metavar="RUN", help="run folder")
+    add("--episodes", type=positive, help="per task (default: the run's setting)")
+    add("--execute", type=positive, help="actions of each chunk executed (default: the run's)")
+    add("--candidates", type=positive, help="N; 1 is the cloned behaviour (default: the run's)")
+    add("--seed", type=number(int, 0, 2 ** 32 - 1), default=0, help="of episodes (default: 0)")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of played episodes")
+    add("--video", metavar="OUT.gif", help="the first episode of each task")
+    add("--video-size", type=number(int, 16, 2000), default=400, metavar="PIXELS",
+        help="of a film's side (default: 400)")
+    add("--json", metavar="OUT.json", help="write the numbers of one run")
+    add("--imagine", metavar="OUT", help="instead of playing the next 100 steps as the simulator "
+        "and as the model has them: curves (.png) or a film (.gif)")
+    add("--plot", nargs="?", const="", metavar="OUT.png", help="instead of playing draw the "
+        "learning curve, or the --model-error; default: into the (first) run folder")
+    add("--model-error", action="store_true", help="instead of playing measure the model's")
+    add("--model-error-steps", type=positive, metavar="STEPS", default=100,
+        help="how far to replay (default: 100)")
+    add("--dataset-dir", help="for --model-error and --imagine, if it has moved")
     args = parser.parse_args(argv)
-    if (args.json or args.video) and (args.model_error or args.plot is not None or args.imagine):
+    plays = not (args.model_error or args.imagine or args.plot is not None)
+    if (args.json or args.video) and not plays:
         raise MacError("--json and --video do not go with --plot, --model-error and --imagine")
+    if args.imagine and (args.model_error or args.plot is not None):
+        raise MacError("--imagine does not go with --plot and --model-error")
     if (args.json or args.video or args.imagine) and len(args.runs) > 1:
         raise MacError("--json, --video and --imagine take a single run")
-    for name in filter(None, (args.json, args.video, args.plot, args.imagine)):  # before the work
-        if not os.access(pathlib.Path(name).absolute().parent, os.W_OK) or os.path.isdir(name):
-            raise MacError(f"cannot write {name}: name a file in a folder that exists")
-    if args.video and not args.video.endswith(".gif"):
-        raise MacError(f"--video {args.video}: the name must end in .gif")
-    if args.imagine and not args.imagine.endswith((".gif", ".png")):
-        raise MacError(f"--imagine {args.imagine}: the name must end in .png or .gif")
+    for name, endings in ((args.json, ("",)), (args.video, (".gif",)), (args.plot, (".png",)),
+                          (args.imagine, (".png", ".gif"))):  # before the work
+        if name and not name.endswith(endings):
+            raise MacError(f"cannot write {name}: the name must end in {' or '.join(endings)}")
+        if name and (not os.access(pathlib.Path(name).absolute().parent, os.W_OK)
+                     or os.path.exists(name) and not os.path.isfile(name)):  # as /dev/null
+            raise MacError(f"cannot write {name}: name a file in a folder that is there and yours")
     return args
 
 
@@ -864,8 +835,8 @@ def main(argv):
     args = parse(argv)
     import mac  # which imports this file: only a program needs both
 
-    if (args.video or args.imagine) and sys.platform == "linux":  # before mujoco is imported
-        os.environ.setdefault("MUJOCO_GL", "egl")
+    if args.video or (args.imagine or "").endswith(".gif"):  # before mujoco is imported
+        os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
     if args.model_error:
         compare_model_errors(mac, args)
     elif args.imagine:

@@ -415,12 +415,13 @@ class Agent(nn.Module):
         return chunks.gather(1, best)[:, 0]
 
     @torch.no_grad()
-    def imagine(self, observation, goal, generator):
+    def imagine(self, observation, goal, generator, horizon=None, candidates=None):
         """Eq. 9: H chunks in the model from every observation (B, O) at once. -> Rollout"""
         observations, chunks = [observation], []
-        for _ in range(self.config.horizon):
+        for _ in range(horizon or self.config.horizon):
             with low_precision(self.config, observation):
-                chunk = self.best_of(self.config.candidates, observation, goal, generator)
+                chunk = self.best_of(candidates or self.config.candidates, observation, goal,
+                                     generator)
             # In full precision: the errors of dynamics add up along a rollout.
             observation = self.next_observation(observation, chunk)
             observations.append(observation)
@@ -1044,10 +1045,12 @@ def train(config, device, folder, checkpoint):
         if checkpoint:
             with must_fit(folder):
                 run.restore(checkpoint)
+        run.writer = open_tensorboard(folder, run.step) if config.tensorboard else None
+        if not checkpoint:
+            run.save(folder)  # so that whatever else is in the folder of a run, this is
         cut_log(folder / "train.csv", lambda step: step <= run.step)
         cut_log(folder / "eval.csv", lambda step: step < run.step)
         write(folder / "config.json", (settings + "\n").encode())
-        run.writer = open_tensorboard(folder, run.step) if config.tensorboard else None
         evaluator = Evaluator(world)
         run.train(folder, evaluator, stop)
         if config.small and config.eval_interval:  # beside the behaviour, which N = 1 is
@@ -1129,7 +1132,7 @@ def main(argv):
         if exists and not resume:
             raise MacError(f"{folder} already holds a run: --resume continues it, --save-dir "
                            "or --seed starts another")
-        if any(folder.glob("checkpoint*.pt")):
+        if exists:
             checkpoint = load_checkpoint(folder)
             with must_fit(folder):
                 config = resumed(checkpoint, config, given)
