@@ -34,6 +34,7 @@ import tempfile
 import threading
 import zipfile
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -169,13 +170,28 @@ OGBENCH_IDS = {"-".join(words) + variant + "-v0" for pattern in DATASETS for var
                for words in itertools.product(*(part.split(",") for part in pattern.split("-")))}
 
 
-def find_world(env_id, goal="task"):
-    """The world of an id. Raises MacError, with the nearest known ids."""
+class Trajectories(NamedTuple):
+    """Logged trajectories, laid end to end."""
+
+    observations: np.ndarray  # (T, O)
+    actions: np.ndarray  # (T, A) in [-1, 1]; that of a trajectory's last state is never used
+    ends: np.ndarray  # (K,) index of each trajectory's last state, ascending
+    rewards: np.ndarray  # (T,) of the actions; zeros where goals take their place
+    terminated: np.ndarray  # (K,) where the task ended in that state, not just the recording
+
+
+def find_world(env_id, goal="task", data=""):
+    """The world of an id, or of one's own `data`. Raises MacError, with the nearest known ids."""
     for World in WORLDS:
         if World.knows(env_id):
+            if data:
+                raise MacError(f"--data: {env_id} has data of its own, see --dataset-dir")
             return World(env_id, goal)
+    if data:
+        return Gymnasium(env_id, data)
     near = difflib.get_close_matches(env_id, sorted(OGBENCH_IDS), 3, 0.4) or ["cube-double-play-v0"]
-    raise MacError(f"--env: OGBench has no task {env_id!r}; did you mean {' or '.join(near)}?")
+    raise MacError(f"--env: OGBench has no task {env_id!r}; did you mean {' or '.join(near)}? Any "
+                   "other environment needs --data, logged trajectories of it")
 
 
 def import_ogbench():
@@ -298,24 +314,100 @@ class OGBench:
         return path, (f"{collect} episodes collected with OGBench's scripted policies"
                       if collect else "OGBench's file") + f" ({path.name})", collect
 
-    def arrays(self, path, chunk):
-        """A data file, checked -> observations (T, O), actions (T, A), ends (K,) the index of each
-        trajectory's last state, rewards (T,), zeros where goals take their place."""
+    def data(self, path):
+        """Training and validation data. -> a pair of Trajectories"""
+        return self.arrays(path), self.arrays(validation_file(path))
+
+    def arrays(self, path):
+        """A data file, checked. -> Trajectories"""
         observation, action = self.sizes
         widths = {"observations": observation, "actions": action}
         if self.fixed:  # OGBench makes the rewards of the simulator's states
             widths["qpos"] = self.env.unwrapped.model.nq
             if self.family in ("scene", "puzzle"):
                 widths["button_states"] = {"scene": 2}.get(self.family, (observation - 19) // 4)
-        data, ends = read_data(path, widths, chunk)
+        data, ends = read_data(path, widths)
         if self.fixed:
             from ogbench.relabel_utils import relabel_dataset
             relabel_dataset(self.env_id, self.env, data)
         nothing = np.zeros(len(data["observations"]), np.float32)  # takes no memory until written
-        return data["observations"], data["actions"], ends, data.get("rewards", nothing)
+        return Trajectories(data["observations"], data["actions"], ends,
+                            data.get("rewards", nothing), np.zeros(len(ends), bool))
 
 
 WORLDS = [OGBench]
+
+
+class Gymnasium:
+    """A task of one's own: logged data with rewards (`read_episodes`), and the simulator that
+    gymnasium makes of the id. Without one there are no evaluations. The agent's actions are in
+    [-1, 1] also where the simulator's are not: they are rescaled here, both ways."""
+
+    fixed, scripted, family, columns, pixels = True, False, "gymnasium", [], 0
+
+    def __init__(self, env_id, data):
+        self.env_id, self.path = env_id, home(data, "--data")
+
+    @functools.cached_property
+    def env(self):
+        """One environment; None if there is no such simulator."""
+        _, gymnasium = import_ogbench()
+        try:
+            return self.make() if self.env_id else None
+        except (gymnasium.error.Error, ImportError) as error:
+            say(f"WARNING: no evaluation, for gymnasium cannot make {self.env_id!r} ({error})")
+
+    @property
+    def sizes(self):
+        """O and A."""
+        if self.env:
+            return self.env.observation_space.shape[0], self.env.action_space.shape[0]
+        training, _ = self.data(self.path)
+        return training.observations.shape[1], training.actions.shape[1]
+
+    @property
+    def tasks(self):
+        return [1] if self.env else []
+
+    def make(self):
+        _, gymnasium = import_ogbench()
+        env = gymnasium.make(self.env_id, render_mode="rgb_array" if self.pixels else None)
+        for name, space in (("observation", env.observation_space), ("action", env.action_space)):
+            if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1 or (
+                    name == "action" and not space.is_bounded()):
+                raise MacError(f"--env {self.env_id}: its {name} space is {space}; only flat Box "
+                               "spaces, bounded ones of actions, are supported")
+        return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+    def reset(self, env, task, seed):
+        observation, _ = env.reset(seed=seed)
+        return observation, np.zeros(0)
+
+    def find(self, folder, collect, obtain=True):
+        if collect:
+            raise MacError(f"--collect: there is no scripted policy for {self.env_id!r}")
+        return self.path, str(self.path), 0
+
+    def data(self, path):
+        """A file, or all .npz, .hdf5 and .h5 files of a folder; a tenth of the episodes, at least
+        one, is validation, the same ones each time."""
+        sizes, box = (None, None), (-1, 1)
+        if self.env:
+            sizes, box = self.sizes, (self.env.env.action_space.low, self.env.env.action_space.high)
+        files, episodes = [path], []
+        if path.is_dir():
+            files = sorted(file for file in path.iterdir()
+                           if file.suffix in (".npz", ".hdf5", ".h5"))
+        for file in files:
+            episodes += read_episodes(file, *sizes, *box)
+            sizes = episodes[0][0].shape[1], episodes[0][1].shape[1]
+        if len(episodes) < 2:
+            raise MacError(f"{path}: {len(episodes)} episodes (.npz, .hdf5 or .h5); there must be at "
+                           "least two, one of them for validation")
+        order = np.random.default_rng(0).permutation(len(episodes))
+        validation = set(order[:max(1, len(order) // 10)].tolist())
+        return (join([episode for i, episode in enumerate(episodes) if i not in validation]),
+                join([episode for i, episode in enumerate(episodes) if i in validation]))
 
 
 # ------------------------------------------------------------------------------- data: files
@@ -365,10 +457,27 @@ def read_npz(path, names=()):
                        "put a good copy in its place") from error
 
 
-def read_data(path, widths, chunk):
+def numbers(path, key, array, shape, low=-np.inf, high=np.inf):
+    """`array` as float32. Raises MacError, which names the file, the key and the index, unless it
+    holds numbers of that shape (None: of any length) between `low` and `high`."""
+    if array.dtype.kind not in "fiub" or len(array.shape) != len(shape) or any(
+            asked not in (None, given) for asked, given in zip(shape, array.shape)):
+        asked = str(shape).replace("None", "any")
+        raise MacError(f"{path}: {key} has shape {array.shape} and type {array.dtype}; this "
+                       f"environment and the other arrays ask for numbers, {asked}")
+    with np.errstate(over="ignore"):  # what is too large for it is infinite
+        array = array.astype(np.float32, copy=False)
+    if array.size and not np.all((low < array.min(0)) & (array.max(0) < high)):
+        index = tuple(np.argwhere(~((low < array) & (array < high)))[0].tolist())
+        low, high = (np.broadcast_to(limit, array.shape)[index] for limit in (low, high))
+        raise MacError(f"{path}: {key}{list(index)} is {array[index]} as float32, not a number "
+                       f"between {low:g} and {high:g}")
+    return array
+
+
+def read_data(path, widths):
     """The arrays of a data file whose names and columns are `widths`, as float32, and the index of
-    each trajectory's last state. Raises MacError, which names the file, the key and the index,
-    unless they are numbers, finite and in range, and a trajectory is longer than `chunk`."""
+    each trajectory's last state. Raises MacError."""
     arrays = read_npz(path, [*widths, *END_KEYS])
     ends = [key for key in END_KEYS if key in arrays]
     for key in [*widths, *(ends or END_KEYS[:1])]:
@@ -377,23 +486,104 @@ def read_data(path, widths, chunk):
     rows = arrays["observations"].shape[:1]
     for key, array in arrays.items():
         shape = (*rows, widths[key]) if key in widths else rows
-        if array.dtype.kind not in "fiub" or array.shape != shape:
-            raise MacError(f"{path}: {key} has shape {array.shape} and type {array.dtype}; this "
-                           f"environment and the rows of observations ask for numbers, {shape}")
-        with np.errstate(over="ignore"):  # what is too large for it is infinite
-            array = arrays[key] = array.astype(np.float32, copy=False)
         limit = 1.1 if key == "actions" else np.inf
-        if array.size and not -limit < array.min() <= array.max() < limit:
-            index = np.argwhere(~(np.abs(array) < limit))[0]
-            raise MacError(f"{path}: {key}{index.tolist()} is {array[tuple(index)]}, not a number "
-                           "in " + ("[-1, 1]" if key == "actions" else "float32's range"))
+        arrays[key] = numbers(path, key, array, shape, -limit, limit)
     end = np.flatnonzero(np.any([arrays.pop(key) for key in ends], axis=0))
     if not len(end) or end[-1] + 1 != rows[0]:
         raise MacError(f"{path}: {ends[0]}[{rows[0] - 1}] is not set: the last trajectory is cut "
                        "off")
-    if np.diff(end, prepend=-1).max() <= chunk:
-        raise MacError(f"{path}: no trajectory is longer than a chunk ({chunk} actions)")
     return arrays, end
+
+
+# --------------------------------------------------------------------------- data: one's own
+
+TERMINALS, TIMEOUTS = ("terminals", "terminations"), ("timeouts", "truncations")
+OWN_KEYS = ("observations", "actions", "rewards", "next_observations", *TERMINALS, *TIMEOUTS)
+
+
+def read_episodes(path, observation_size, action_size, low, high):
+    """The episodes of a file of one's own: .npz or HDF5 with D4RL's names, or Minari's HDF5. Sizes
+    may be None; actions are rescaled from `low` and `high` (A,) to [-1, 1].
+
+    An episode ends where the task does (`terminals`), where the recording stops (`timeouts`), and
+    with the file. Its last state is in `next_observations`, or the one observation more that Minari
+    has. Without either the last row stands for it: its action is not used, nor whether it ended.
+
+    Returns: list of (states (L+1, O), actions (L, A), rewards (L,), whether the task ended).
+    Raises: MacError, which names the file, the key and the index.
+    """
+    groups = {"": read_npz(path, OWN_KEYS)} if path.suffix == ".npz" else read_hdf5(path)
+    low, high, episodes, lost = np.asarray(low), np.asarray(high), [], 0
+    for group, arrays in groups.items():
+        for key in OWN_KEYS[:3]:
+            if key not in arrays:
+                raise MacError(f"{path}: has no array '{group}{key}'")
+
+        def read(key, *shape, **limits):
+            return numbers(path, group + key, arrays[key], shape, **limits)
+
+        slack = 0.05 * (high - low)
+        actions = read("actions", None, action_size, low=low - slack, high=high + slack)
+        actions = (actions - (low + high) / 2) / ((high - low) / 2)
+        count = len(actions)
+        more = arrays["observations"].shape[:1] == (count + 1,)
+        states = read("observations", count + more, observation_size)
+        rewards = read("rewards", count)
+        following = states[1:] if more else (
+            read("next_observations", *states.shape) if "next_observations" in arrays else None)
+        ended, stopped = (np.any([np.zeros(count), *(read(key, count) for key in keys
+                                                     if key in arrays)], axis=0)
+                          for keys in (TERMINALS, TIMEOUTS))
+        if not count or not (more or (ended | stopped).any()):
+            raise MacError(f"{path}: no episode ends in it; 'terminals' is to be set where the task "
+                           "ended, 'timeouts' where the recording stopped")
+        begin = 0
+        for end in np.unique([*np.flatnonzero(ended | stopped), count - 1]) + 1:
+            if following is None:
+                lost += ended[end - 1]
+                episodes.append((states[begin:end], actions[begin:end - 1], rewards[begin:end - 1],
+                                 False))
+            else:
+                episodes.append((np.concatenate([states[begin:end], following[end - 1:end]]),
+                                 actions[begin:end], rewards[begin:end], ended[end - 1]))
+            begin = end
+    if lost:
+        say(f"WARNING: {path} has no next_observations: the last states of {lost} episodes that "
+            "terminated are not known, and that they did is not learned")
+    return episodes
+
+
+def read_hdf5(path):
+    """The arrays of each of Minari's groups, {'episode_0/': ...}, or of a flat file, {'': ...}."""
+    try:
+        import h5py
+    except ImportError:
+        raise MacError(f"{path}: this needs h5py, if it is HDF5: pip install h5py") from None
+    name = "it"
+    try:
+        with h5py.File(path) as file:
+            names = [name for name in file if re.fullmatch(r"episode_\d+", name)]
+            groups = {f"{name}/": {} for name in sorted(names, key=lambda name: int(name[8:]))}
+            for group, arrays in (groups or {"": {}}).items():
+                groups[group] = arrays
+                for name in OWN_KEYS:
+                    if group + name in file:
+                        arrays[name] = file[group + name][()]
+            return groups
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
+        raise MacError(f"cannot read {path} as HDF5: {name}: {error}") from error
+
+
+def join(episodes):
+    """Trajectories of what `read_episodes` returns; their last states get actions of zeros."""
+    states, actions, rewards, ended = zip(*episodes)
+
+    def padded(arrays):
+        return np.concatenate([np.pad(array, [(0, 1)] + [(0, 0)] * (array.ndim - 1))
+                               for array in arrays])
+    return Trajectories(np.concatenate(states), padded(actions),
+                        np.cumsum([len(array) for array in states]) - 1, padded(rewards),
+                        np.array(ended))
 
 
 # -------------------------------------------------------------------------- data: collection
@@ -517,6 +707,11 @@ def run_oracle(name, seed_sequence):
 
 # ------------------------------------------------------------------------------------ episodes
 
+# Returns that D4RL calls 0 and 100.
+D4RL_RETURNS = {"HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 3234.3),
+                "Walker2d": (1.629008, 4592.3)}
+
+
 class Evaluator:
     """Plays episodes of a world's tasks; environments are built once (a second each), and
     `environments` of them are stepped side by side."""
@@ -532,7 +727,8 @@ class Evaluator:
         interpreter, so threads step them in parallel. `on_step` sees each Episode after each of
         its steps.
 
-        Returns: {task: list of (success, return, length)}, or None if `stop()` turned true.
+        Returns: {task: list of (success, return, length)}, or None if `stop()` turned true;
+        success is None in simulators that do not tell.
         """
         execute = min(execute or agent.config.execute, agent.config.chunk)
         jobs = collections.deque((t, e) for t in self.world.tasks for e in range(episodes))
@@ -567,7 +763,7 @@ class Episode:
     def __init__(self, world, env, task, number, seed):
         self.env, self.task, self.number = env, task, number
         self.plan, self.reward, self.length = [], 0.0, 0
-        self.success = self.done = False
+        self.success, self.done = None, False
         state = np.random.SeedSequence((seed, task, number)).generate_state(1)
         self.observation, self.goal = world.reset(env, task, int(state[0]))
 
@@ -576,29 +772,42 @@ class Episode:
         self.observation, reward, terminated, truncated, info = self.env.step(action)
         self.reward += float(reward)
         self.length += 1
-        self.success = self.success or bool(info["success"])
+        if "success" in info:
+            self.success = bool(self.success or info["success"])
         self.done = terminated or truncated
 
 
 def summarize(results):
     """{task: list of (success, return, length)} -> {"task1": {"success", "stderr", "return",
-    "length", "episodes"}, ..., "overall": ...}; the standard error is binomial."""
+    "return_stderr", "length", "episodes"}, ..., "overall": ...}: means and their standard errors,
+    of success the binomial one; None for success where it is not known."""
     rows = {f"task{task}": episodes for task, episodes in results.items()}
     rows["overall"] = [episode for episodes in results.values() for episode in episodes]
     table = {}
     for name, episodes in rows.items():
-        success, total, length = np.mean(episodes, 0).tolist()
-        stderr = math.sqrt(success * (1 - success) / len(episodes))
-        table[name] = {"success": success, "stderr": stderr, "return": total, "length": length,
-                       "episodes": len(episodes)}
+        success, total, length = zip(*episodes)
+        rate = None if None in success else float(np.mean(success))
+        stderr = None if rate is None else math.sqrt(rate * (1 - rate) / len(episodes))
+        table[name] = {"success": rate, "stderr": stderr, "return": float(np.mean(total)),
+                       "return_stderr": float(np.std(total)) / math.sqrt(len(episodes)),
+                       "length": float(np.mean(length)), "episodes": len(episodes)}
     return table
+
+
+def headline(row):
+    """What a row of `summarize` says in a few words."""
+    if row["success"] is None:
+        return f"return {row['return']:.5g} ± {row['return_stderr']:.2g}, length {row['length']:.4g}"
+    return f"success {row['success']:.0%} ± {row['stderr']:.0%}"
 
 
 # -------------------------------------------------------------------------------------- report
 
 def evaluate(run, agent, args):
     """Play episodes, print the table. -> the dictionary that --json writes"""
-    config, world = agent.config, find_world(agent.config.env, agent.config.goal)
+    config, world = agent.config, agent.config.world
+    if not world.tasks:
+        raise MacError(f"{run}: there is no simulator to play in")
     execute = min(args.execute or config.execute, config.chunk)
     candidates = args.candidates or config.eval_candidates
     episodes = args.episodes or config.eval_episodes
@@ -617,10 +826,18 @@ def evaluate(run, agent, args):
     say(f"{run}: {config.env}, step {agent.step}, trained on {agent.data_source}")
     say(f"{config.policy} policy, best of {candidates}, {execute} of the {config.chunk} actions of "
         f"each chunk executed, seed {args.seed}, on {agent.device.type}")
-    say(f"{'':8} {'success':>12} {'episodes':>9} {'return':>9} {'length':>7}")
+    say(f"{'':8} {'success':>12} {'episodes':>9} {'return':>9} {'':8} {'length':>7}")
     for name, row in table.items():
-        say(f"{name:8} {row['success']:6.1%} ±{row['stderr']:5.1%} {row.pop('episodes'):9} "
-            f"{row['return']:9.1f} {row['length']:7.1f}")
+        success = f"{row['success']:6.1%} ±{row['stderr']:5.1%}" if row["stderr"] is not None else "-"
+        say(f"{name:8} {success:>12} {row.pop('episodes'):9} {row['return']:9.1f} "
+            f"±{row['return_stderr']:7.2g} {row['length']:7.1f}")
+    simulator = config.env.split("-")[0]
+    if simulator in D4RL_RETURNS and not world.scripted:
+        low, high = D4RL_RETURNS[simulator]
+        score, error = (100 * x / (high - low) for x in (table["overall"]["return"] - low,
+                                                         table["overall"]["return_stderr"]))
+        table["overall"].update(d4rl_score=score)
+        say(f"D4RL's normalised score: {score:.1f} ± {error:.1f} (D4RL's own is of -v2)")
     if args.video:
         write_video(args.video, [frame for task in sorted(frames) for frame in frames[task]])
     return {"env": config.env, "policy": config.policy, "step": agent.step, "seed": args.seed,
@@ -660,8 +877,7 @@ def compare_model_errors(mac, args):
     for run in args.runs:
         agent = mac.load(run)
         n, (world, path) = agent.config.chunk, data_of(agent, args)
-        dataset = mac.make_dataset(world.arrays(validation_file(path), n), agent.columns.tolist(),
-                                   agent.config)
+        dataset = mac.make_dataset(world.data(path)[1], agent.columns.tolist(), agent.config)
         curve = model_error(agent, dataset, args.model_error_steps)
         text = "".join(f"{steps},{error}\n" for steps, error in [("steps", "mse"), *curve])
         write(pathlib.Path(run) / "model_error.csv", text.encode())
@@ -677,8 +893,10 @@ def compare_model_errors(mac, args):
 
 
 def data_of(agent, args):
-    """The world and the data file that an agent was trained on."""
-    config, world = agent.config, find_world(agent.config.env, agent.config.goal)
+    """The world and the path of the data that an agent was trained on."""
+    config, world = agent.config, agent.config.world
+    if args.dataset_dir and config.data:
+        return world, home(args.dataset_dir, "--dataset-dir")
     folder = home(args.dataset_dir or config.dataset_dir, "--dataset-dir")
     return world, world.find(folder, config.collect, obtain=False)[0]
 
@@ -702,7 +920,8 @@ def compare_imagination(mac, args, steps=100):
             frames.append(env.render())
         simulated.append(env.step(action)[0])
     if film:
-        logged, places = world.arrays(path, n)[0], read_npz(path, ["qpos", "button_states"])
+        logged = world.data(path)[0].observations
+        places = {} if agent.config.data else read_npz(path, ["qpos", "button_states"])
         if "qpos" not in places:
             raise MacError(f"{path}: has no array 'qpos' to draw imagined states with")
         world.reset(env, world.tasks[0], args.seed)  # colours of a success stay otherwise
@@ -713,7 +932,7 @@ def compare_imagination(mac, args, steps=100):
             imagined.append(env.render())
         return write_video(args.imagine, [np.concatenate([frame, imagined[3 * i // n]], 1)
                                           for i, frame in enumerate(frames)])
-    logged, actions, ends, _ = world.arrays(validation_file(path), n)
+    logged, actions, ends, *_ = world.data(path)[1]
     lengths = np.diff(ends, prepend=-1)  # in states
     last, rows = ends[lengths.argmax()], min(count, (lengths.max() - 1) // n) * n
     recorded = logged[last - rows:last + 1]

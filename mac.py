@@ -55,8 +55,8 @@ import torch.nn.functional as F
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 from tqdm import tqdm
 
-from eval import (Evaluator, MacError, Parser, command, find_world, home, lock, number, say,
-                  summarize, validation_file, write)
+from eval import (Evaluator, MacError, Parser, Trajectories, command, find_world, headline, home,
+                  lock, number, say, summarize, write)
 
 
 # ============== Part I: the method. It computes on the tensors that it is handed. ==============
@@ -75,7 +75,8 @@ class Config:
     """Every setting. Defaults are the paper's for reward-based tasks (Tables 7 and 8); what is
     not given and follows from others (`presets`) is filled in when a Config is made."""
 
-    env: str = setting("cube-double-play-v0", "OGBench dataset id")
+    env: str = setting("cube-double-play-v0", "OGBench dataset id; with --data any of gymnasium's")
+    data: str = setting("", "own trajectories: .npz, .hdf5 or a folder of them (README)")
     seed: int = setting(0, "seed of parameters, batches and noise", low=0, high=2 ** 32 - 1)
     steps: int = setting(1_000_000, "gradient steps; goal-conditioned 2M", low=1)
     device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda"))
@@ -92,6 +93,7 @@ class Config:
     fql_alpha: float = setting(1.0, "weight of distillation in --policy fql (Table 11)", low=0)
     discount: float = setting(0.999, "gamma per environment step", low=0.001, high=0.999999)
     chunk_reward: str = setting("mean", "of its n rewards", choices=("mean", "sum"))
+    terminations: bool = setting(True, "learn where the task ends, if the data have such ends")
     goal: str = setting("task", "what a goal consists of", choices=("task", "observation"))
     value_goals: tuple = setting((0.2, 0.0, 0.5, 0.3), "odds that a value goal is the current / "
                                  "a geometric / a uniform future / a random state", low=0)
@@ -117,10 +119,16 @@ class Config:
 
     def __post_init__(self):
         given = {name: value for name, value in vars(self).items() if value is not None}
+        if given.get("data"):
+            given.setdefault("env", "")
         defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(self)}
         vars(self).update(defaults | given)
         vars(self).update(presets(self) | given)
         self.execute = min(self.execute, self.chunk)
+
+    @property
+    def world(self):
+        return find_world(self.env, self.goal, self.data)
 
 
 # --------------------------------------------------------------------------- chunk dataset
@@ -131,10 +139,12 @@ class Batch(NamedTuple):
     observation: torch.Tensor  # (B, O) s_t
     chunk: torch.Tensor  # (B, D) a_t ... a_{t+n-1}
     reward: torch.Tensor  # (B,) mean or sum of gamma^i r_{t+i}
-    next_observation: torch.Tensor  # (B, O) s_{t+n}
+    next_observation: torch.Tensor  # (B, O) s_{t+n}, or the state in which the task ended
     success: torch.Tensor  # (B,) 1 where the value goal's index lies in [t, t+n)
     value_goal: torch.Tensor  # (B, G)
     actor_goal: torch.Tensor  # (B, G)
+    terminated: torch.Tensor  # (B,) 1 where the task ended within the chunk
+    taken: torch.Tensor  # (B, D) 1 for actions taken, 0 for the zeros after the task's end
 
 
 class ChunkDataset:
@@ -142,21 +152,22 @@ class ChunkDataset:
     stay as they are, raw and uncopied; an index is kept of the trajectories, not of the rows.
 
     Args:
-        observations: (T, O)
-        actions: (T, A); the action of a trajectory's last state is never used.
-        ends: (K,) index of each trajectory's last state, ascending.
-        rewards: (T,); no loss depends on them where there are goals.
+        observations, actions, ends, rewards, terminated: tensors of eval.py's `Trajectories`
         columns: (G,) the coordinates of an observation that make it a goal.
     """
 
-    def __init__(self, observations, actions, ends, rewards, columns, config):
+    def __init__(self, observations, actions, ends, rewards, terminated, columns, config):
         self.observations, self.actions, self.rewards = observations, actions, rewards
-        self.ends, self.columns, self.config = ends, columns, config
+        self.ends, self.terminated, self.columns, self.config = ends, terminated, columns, config
         begins = F.pad(ends[:-1] + 1, (1, 0))
-        # Every start that leaves n actions and a state n steps later, the last one included.
-        starts = (ends - begins + 1 - config.chunk).clamp(min=0)  # (K,)
+        # A chunk may start wherever n actions and a state follow, the last such place included;
+        # where the task ended, in its last n - 1 states too: zeros follow the actions taken.
+        self.last_starts = ends - torch.where(terminated, 1, config.chunk)  # (K,)
+        starts = (self.last_starts - begins + 1).clamp(min=0)  # (K,) how many there are
         self.starts_up_to = starts.cumsum(0)  # (K,) in this trajectory and those before it
         self.total_starts = int(self.starts_up_to[-1])
+        if not self.total_starts:
+            raise MacError(f"no trajectory is longer than a chunk ({config.chunk} actions)")
         self.offsets = torch.arange(config.chunk, device=ends.device)
         weights = config.discount ** self.offsets
         self.reward_weights = weights / config.chunk if config.chunk_reward == "mean" else weights
@@ -166,27 +177,33 @@ class ChunkDataset:
         pick = torch.randint(self.total_starts, (batch_size,), generator=generator,
                              device=self.ends.device)
         k = torch.searchsorted(self.starts_up_to, pick, right=True)  # the trajectory picked
-        start = self.ends[k] + 1 - self.config.chunk - (self.starts_up_to[k] - pick)
+        start = self.last_starts[k] + 1 - (self.starts_up_to[k] - pick)
         return self.batch(start, generator)
 
     def batch(self, start, generator):
         """The chunks that begin at `start` (B,), with goals drawn by `generator`. -> Batch"""
-        last = self.ends[torch.searchsorted(self.ends, start)]  # (B,)
+        n, k = self.config.chunk, torch.searchsorted(self.ends, start)  # (B,) the trajectories
+        last = self.ends[k]  # (B,)
         value_goal = self.sample_goals(start, last, self.config.value_goals, generator)  # (B,)
         actor_goal = self.sample_goals(start, last, self.config.actor_goals, generator)  # (B,)
         ahead = value_goal - start
-        steps = (start[:, None] + self.offsets).flatten()  # (B n,)
+        steps = start[:, None] + self.offsets  # (B, n)
+        taken = (steps < last[:, None]).float()  # (B, n)
+        steps = torch.minimum(steps, last[:, None]).flatten()  # (B n,)
         actions = self.actions.index_select(0, steps)  # (B n, A); quicker than self.actions[steps]
-        rewards = self.rewards.index_select(0, steps).view(len(start), -1)  # (B, n)
+        rewards = self.rewards.index_select(0, steps).view(taken.shape) * taken  # (B, n)
+        taken = taken.repeat_interleave(actions.shape[1], 1)  # (B, D)
         return Batch(
             observation=self.observations.index_select(0, start),
             # Clipped as in the published code: a tanh reaches neither end.
-            chunk=actions.view(len(start), -1).clamp(-1 + 1e-5, 1 - 1e-5),
+            chunk=actions.view(taken.shape).clamp(-1 + 1e-5, 1 - 1e-5) * taken,
             reward=(rewards * self.reward_weights).sum(1),
-            next_observation=self.observations.index_select(0, start + self.config.chunk),
-            success=((ahead >= 0) & (ahead < self.config.chunk)).float(),
+            next_observation=self.observations.index_select(0, torch.minimum(start + n, last)),
+            success=((ahead >= 0) & (ahead < n)).float(),
             value_goal=self.observations[value_goal[:, None], self.columns],
             actor_goal=self.observations[actor_goal[:, None], self.columns],
+            terminated=(self.terminated[k] & (start + n >= last)).float(),
+            taken=taken,
         )
 
     def sample_goals(self, start, last, odds, generator):
@@ -252,7 +269,7 @@ class MLP(nn.Module):
 
 
 class RewardModel(MLP):
-    """Predicts a chunk's reward; the task never ends (Eq. 6, reward-based tasks)."""
+    """Predicts a chunk's reward; the task never ends (Eq. 6, OGBench's reward-based tasks)."""
 
     def loss(self, batch):
         prediction = self(batch.observation, batch.chunk, batch.value_goal)
@@ -264,6 +281,23 @@ class RewardModel(MLP):
         return reward, torch.ones_like(reward)
 
 
+class TerminationModel(MLP):
+    """Predicts a chunk's reward and whether the task ends within it, as does the rollout then.
+    For data with such ends; the published code has no such model."""
+
+    def __init__(self, inputs, outputs, width):
+        super().__init__(inputs, 2, width)
+
+    def loss(self, batch):
+        reward, logit = self(batch.observation, batch.chunk, batch.value_goal).unbind(-1)
+        return {"reward": F.mse_loss(reward, batch.reward),
+                "termination": F.binary_cross_entropy_with_logits(logit, batch.terminated)}
+
+    def predict(self, observation, chunk, goal):
+        reward, logit = self(observation, chunk, goal).unbind(-1)
+        return reward, (logit <= 0).float()  # a logit above 0 is p > 0.5
+
+
 class SuccessModel(MLP):
     """Predicts whether a chunk meets the goal; reward is -1 until then, and the rollout ends
     there (Appendix A.1, goal-conditioned tasks)."""
@@ -273,22 +307,23 @@ class SuccessModel(MLP):
         return {"success": F.binary_cross_entropy_with_logits(logit, batch.success)}
 
     def predict(self, observation, chunk, goal):
-        success = (self(observation, chunk, goal) > 0).float()  # a logit above 0 is p > 0.5
+        success = (self(observation, chunk, goal) > 0).float()
         return success - 1, 1 - success
 
 
-OUTCOMES = {"reward": RewardModel, "success": SuccessModel}
+OUTCOMES = {"reward": RewardModel, "termination": TerminationModel, "success": SuccessModel}
 
 
 # ----------------------------------------------------------------------------- flow policy
 
-def flow_matching_loss(velocity, x_1, observation, goal, generator):
+def flow_matching_loss(velocity, x_1, observation, goal, generator, taken=1):
     """Eq. 7: regress the velocity x_1 - x_0 at a random point of the straight line from noise
-    x_0 to data x_1 (B, D). A velocity is called with observation, goal, x (..., D), t (..., 1)."""
+    x_0 to data x_1 (B, D), where `taken` is 1. A velocity is called with observation, goal,
+    x (..., D), t (..., 1)."""
     x_0 = torch.randn(x_1.shape, generator=generator, device=x_1.device)
     t = torch.rand(len(x_1), 1, generator=generator, device=x_1.device)
     x_t = (1 - t) * x_0 + t * x_1
-    return F.mse_loss(velocity(observation, goal, x_t, t), x_1 - x_0)
+    return F.mse_loss(taken * velocity(observation, goal, x_t, t), taken * (x_1 - x_0))
 
 
 def euler(velocity, x_0, observation, goal, steps):
@@ -329,9 +364,11 @@ class FlowPolicy(nn.Module):
         z = self.noise(observation, generator)
         with torch.no_grad(), low_precision(self.config, z):
             teacher = self.flow(observation, goal, z)
+        chunk = self.one_step(observation, goal, z)
         return {
-            "flow": flow_matching_loss(self.velocity, batch.chunk, observation, goal, generator),
-            "distill": F.mse_loss(self.one_step(observation, goal, z), teacher),
+            "flow": flow_matching_loss(self.velocity, batch.chunk, observation, goal, generator,
+                                       batch.taken),
+            "distill": F.mse_loss(batch.taken * chunk, batch.taken * teacher),
         }
 
     def propose(self, observation, goal, generator):
@@ -353,7 +390,7 @@ class Rollout(NamedTuple):
     observations: torch.Tensor  # (H+1, B, O)
     chunks: torch.Tensor  # (H, B, D)
     rewards: torch.Tensor  # (H, B)
-    masks: torch.Tensor  # (H, B) 0 where the goal is met, 1 elsewhere
+    masks: torch.Tensor  # (H, B) 0 where the goal is met or the task ends, 1 elsewhere
     goals: torch.Tensor  # (H, B, G) the same along a rollout
 
 
@@ -381,7 +418,8 @@ class Agent(nn.Module):
         self.policy = POLICIES[config.policy](observation_size, goal_size, chunk_size, config)
         self.dynamics = MLP(observation_size + chunk_size, observation_size, config.width)
         inputs = observation_size + chunk_size + goal_size
-        self.outcome = OUTCOMES["success" if columns else "reward"](inputs, None, config.width)
+        outcome = "success" if columns else "termination" if config.terminations else "reward"
+        self.outcome = OUTCOMES[outcome](inputs, None, config.width)
         self.critic = MLP(inputs, None, config.width)
         self.value = MLP(observation_size + goal_size, None, config.width)
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)
@@ -515,7 +553,7 @@ class OneStepPolicy(FlowPolicy):
 
     def loss(self, batch, generator):
         return {"flow": flow_matching_loss(self.velocity, batch.chunk, batch.observation,
-                                           batch.actor_goal, generator)}
+                                           batch.actor_goal, generator, batch.taken)}
 
     def propose(self, observation, goal, generator):
         z = self.noise(observation, generator)
@@ -539,7 +577,7 @@ class GaussianPolicy(nn.Module):
         # Not validated: that would wait for a GPU. Clipped chunks are in the open interval.
         normal = Normal(mean, log_std.exp(), validate_args=False)
         policy = TransformedDistribution(normal, TanhTransform(), validate_args=False)
-        return {"likelihood": -policy.log_prob(batch.chunk).mean()}
+        return {"likelihood": -(batch.taken * policy.log_prob(batch.chunk)).mean()}
 
     def propose(self, observation, goal, generator):
         mean, log_std = self.moments(observation, goal)
@@ -592,7 +630,7 @@ SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5
 
 def presets(config):
     """What the environment (Tables 6 to 8), --small and the policy decide, the latter first."""
-    world, settings = find_world(config.env, config.goal), {}
+    world, settings = config.world, {}
     if not world.fixed:
         settings.update(batch_size=1024, width=1024, steps=2_000_000)
     if "puzzle-4x5" in config.env:  # 20 ways to go on need more candidates; a smaller net pays
@@ -644,8 +682,7 @@ def checked(agent, observation, goal):
 def make_dataset(arrays, columns, config, device=torch.device("cpu")):
     """The chunk dataset of a world's `arrays` on `device`, or on the host if it would fill more
     than half of the memory that the device has left."""
-    observations, actions, ends, rewards = (torch.as_tensor(array) for array in arrays)
-    tensors = [observations, actions, ends, rewards, torch.tensor(columns, dtype=torch.long)]
+    tensors = [*map(torch.as_tensor, arrays), torch.tensor(columns, dtype=torch.long)]
     size = sum(tensor.nbytes for tensor in tensors)
     if device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 2:
         say(f"the dataset ({size / 1e9:.1f} GB) stays in host memory")
@@ -818,9 +855,10 @@ def benchmark(config, device, updates):
     in the same process; as `precision` lowers a part of the update, the ratio may pass 1."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    world = find_world(config.env, config.goal)
-    arrays = (torch.randn(20_000, world.sizes[0]), torch.rand(20_000, world.sizes[1]) * 2 - 1,
-              torch.tensor([19_999]), -torch.ones(20_000))
+    world, config.terminations = config.world, False
+    arrays = Trajectories(
+        torch.randn(20_000, world.sizes[0]), torch.rand(20_000, world.sizes[1]) * 2 - 1,
+        torch.tensor([19_999]), -torch.ones(20_000), torch.tensor([False]))
     run = Run(config, device, world, arrays, arrays)
     with FlopCounterMode(display=False) as counter:
         batch = to_device(run.dataset.sample(config.batch_size, run.generators[0]), device)
@@ -877,21 +915,22 @@ class Stop:
 class Run:
     """A training run: agent, data, optimizer, random streams, and what is done between updates.
 
-    Args: training, validation: a world's `arrays`.
+    Args: training, validation: Trajectories.
     """
 
     def __init__(self, config, device, world, training, validation):
         self.config, self.device = config, device
         torch.manual_seed(config.seed)
-        self.agent = make_agent(*world.sizes, world.columns, config)
-        self.agent.normalizer.fit(torch.as_tensor(training[0]))
+        observations, actions = map(torch.as_tensor, training[:2])
+        self.agent = make_agent(observations.shape[1], actions.shape[1], world.columns, config)
+        self.agent.normalizer.fit(observations)
         self.agent.to(device)
         self.dataset, self.validation = (make_dataset(arrays, world.columns, config, device)
                                          for arrays in (training, validation))
         self.optimizer = make_optimizer(self.agent)
         self.generators = make_generators(config.seed, self.dataset.ends.device, device)
         self.warmup_steps = int(config.warmup * config.steps)
-        self.step, self.saved, self.losses, self.success, self.writer = 0, 0, {}, None, None
+        self.step, self.saved, self.losses, self.headline, self.writer = 0, 0, {}, None, None
 
     def restore(self, state):
         """Continue from a checkpoint. More --steps than it was made with do not make the warmup
@@ -985,8 +1024,7 @@ class Run:
         add_to_log(folder / "train.csv", [{"step": self.step, **row}], self.writer)
         status = [f"{name} {now[name]:.3g}" for name in ("dynamics", "value", "critic")
                   if name in now]
-        return ", ".join(status + ([f"success {self.success:.0%}"] if self.success is not None
-                                   else []))
+        return ", ".join(status + ([self.headline] if self.headline else []))
 
     def check_finite(self):
         """Raises MacError, status 3, if a loss or a parameter is not finite."""
@@ -1004,10 +1042,9 @@ class Run:
         if results is None:
             return {}
         table, (_, _, execute, candidates) = summarize(results), how
-        row = table["overall"]
-        self.success = row["success"]
-        say(f"step {self.step}: success {row['success']:.0%} ± {row['stderr']:.0%} ("
-            f"{row['episodes']} episodes, {execute} of each chunk executed, N = {candidates})")
+        self.headline = headline(table["overall"])
+        say(f"step {self.step}: {self.headline} ({table['overall']['episodes']} episodes, "
+            f"{execute} of each chunk executed, N = {candidates})")
         return table
 
     def save(self, folder):
@@ -1023,23 +1060,26 @@ class Run:
 
 def train(config, device, folder, checkpoint):
     """Train in `folder` until `config.steps`, a signal or an error. -> exit status"""
-    world = find_world(config.env, config.goal)
+    world = config.world
     folder_of_data = home(config.dataset_dir, "--dataset-dir")
     path, source, config.collect = world.find(folder_of_data, config.collect)
+    training, validation = world.data(path)
+    config.terminations = config.terminations and bool(training.terminated.any())
+    if not world.tasks:
+        config.eval_interval = 0
     settings = json.dumps({**dataclasses.asdict(config), "data": source}, indent=2)
     say(settings)
     if world.columns:
         say(f"goals are columns {world.columns} of the observation")
-    arrays = [world.arrays(file, config.chunk) for file in (path, validation_file(path))]
     if device.type == "cuda":
         say(f"device: {torch.cuda.get_device_name()}")
     else:
-        trial = timed(Run(config, device, world, *arrays).make_step(), 2, device)
+        trial = timed(Run(config, device, world, training, validation).make_step(), 2, device)
         hours = min(trial) * (config.steps - (checkpoint or {"step": 0})["step"]) / 3600
         say(f"device: CPU, {torch.get_num_threads()} threads, "
             f"{torch.backends.cpu.get_cpu_capability()}; updates take up to {hours:.1f} hours"
             + ("" if config.small else ", --small minutes"))
-    run = Run(config, device, world, *arrays)
+    run = Run(config, device, world, training, validation)
     run.agent.data_source = source
     with Stop() as stop:
         if checkpoint:
@@ -1069,7 +1109,7 @@ def train(config, device, folder, checkpoint):
 # What --resume may change. Of these the parameters at a given step depend only on `steps`, which
 # sets the length of a decay, and on `device`, whose noise is another.
 MAY_CHANGE = {"steps", "device", "log_interval", "eval_interval", "save_interval",
-              "eval_episodes", "dataset_dir", "save_dir", "tensorboard"}
+              "eval_episodes", "data", "dataset_dir", "save_dir", "tensorboard"}
 
 
 def parse(argv):
@@ -1125,7 +1165,8 @@ def main(argv):
     device = set_up_device(config.device)  # an error now rather than after a collection
     if updates:
         return say(json.dumps(benchmark(config, device, updates)))
-    folder = home(config.save_dir or f"exp/{config.env}-seed{config.seed}", "--save-dir")
+    name = config.env or pathlib.Path(config.data).stem
+    folder = home(config.save_dir or f"exp/{name}-seed{config.seed}", "--save-dir")
     with lock(folder):
         checkpoint = None
         exists = any(any(folder.glob(name)) for name in ("*.json", "*.csv", "checkpoint*.pt"))
