@@ -371,7 +371,8 @@ class Gymnasium:
 
     def make(self):
         _, gymnasium = import_ogbench()
-        env = gymnasium.make(self.env_id, render_mode="rgb_array" if self.pixels else None)
+        film = {"render_mode": "rgb_array"} if self.pixels else {}
+        env = gymnasium.make(self.env_id, **film)
         for name, space in (("observation", env.observation_space), ("action", env.action_space)):
             if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1 or (
                     name == "action" and not space.is_bounded()):
@@ -513,7 +514,7 @@ def read_episodes(path, observation_size, action_size, low, high):
     Raises: MacError, which names the file, the key and the index.
     """
     groups = {"": read_npz(path, OWN_KEYS)} if path.suffix == ".npz" else read_hdf5(path)
-    low, high, episodes, lost = np.asarray(low), np.asarray(high), [], 0
+    low, high, episodes, lost = np.float32(low), np.float32(high), [], 0
     for group, arrays in groups.items():
         for key in OWN_KEYS[:3]:
             if key not in arrays:
@@ -870,6 +871,7 @@ def model_error(agent, dataset, steps, trajectories=2000):
     return errors
 
 
+@torch.no_grad()
 def compare_model_errors(mac, args):
     """Print, write (RUN/model_error.csv) and, for --plot, draw the model error of every run."""
     curves = {}
@@ -884,6 +886,13 @@ def compare_model_errors(mac, args):
         curves[f"n = {n}, {run}"] = curve[1:]
         shown = [point for point in curve[1:] if point[0] % 25 == 0] or curve[1:]
         say(f"n = {n}, {run}:", ", ".join(f"{s} steps {e:.4g}" for s, e in shown))
+        if agent.config.terminations:
+            batch = agent.normalize(dataset.sample(10_000, torch.Generator().manual_seed(0)))
+            ended = batch.terminated
+            _, masks = agent.outcome.predict(batch.observation, batch.chunk, batch.value_goal)
+            right = [(masks != ended)[ended == case].float() for case in (1, 0)]
+            say(f"terminations: right of {len(right[0])} chunks with one {right[0].mean():.1%}, of "
+                f"{len(right[1])} without {right[1].mean():.1%}")
     if args.plot is not None:
         path = args.plot or pathlib.Path(args.runs[0]) / "model_error.png"
         with picture(path, 1) as (panel,):
@@ -908,8 +917,10 @@ def compare_imagination(mac, args, steps=100):
     As a film of the latter: beside the simulator the logged states nearest to the model's."""
     agent = mac.load(args.runs[0])
     n, (world, path), normal = agent.config.chunk, data_of(agent, args), agent.normalizer
-    world.pixels, count = args.video_size, max(1, steps // n)
-    env, frames, film = world.env, [], args.imagine.endswith(".gif")
+    frames, film, count = [], args.imagine.endswith(".gif"), max(1, steps // n)
+    if film:
+        world.pixels = args.video_size
+    env = world.env
     observation, goal = mac.checked(agent, *world.reset(env, world.tasks[0], args.seed))
     rollout = agent.imagine(normal(observation), normal(goal, agent.columns),
                             torch.Generator().manual_seed(args.seed), count,
@@ -988,16 +999,18 @@ def plot_curves(args):
             if not rows or "step" not in rows[0]:
                 raise MacError(f"{run / 'train.csv'} is not there or has no rows: nothing to plot")
             for color, name in enumerate(("flow", "distill", "dynamics", "reward", "success",
-                                          "value", "critic")):
+                                          "value", "critic", "termination")):
                 kept = [row for row in rows if row.get(name)]  # blank in the warmup
                 losses.plot(*[[float(row[key]) for row in kept] for key in ("step", name)], style,
                             color=f"C{color}", label=name if kept and run is runs[0] else None)
             rows = [row for row in read_csv(run / "eval.csv") if row["task"] == "overall"]
+            known = all(row["success"] for row in rows)  # not so in one's own simulators
+            keys = ("success", "stderr") if known else ("return", "return_stderr")
             steps, mean, error = [np.array([float(row[key]) for row in rows])
-                                  for key in ("step", "success", "stderr")]
+                                  for key in ("step", *keys)]
             success.plot(steps, mean, style, marker="o", label=run.name)
             success.fill_between(steps, mean - error, mean + error, alpha=0.2)
-        success.set(xlabel="gradient steps", ylabel="success", ylim=(-0.05, 1.05))
+            success.set(xlabel="gradient steps", ylabel=keys[0])
         losses.set(xlabel="gradient steps", ylabel="loss", yscale="log")
 
 

@@ -1067,6 +1067,8 @@ def train(config, device, folder, checkpoint):
     config.terminations = config.terminations and bool(training.terminated.any())
     if not world.tasks:
         config.eval_interval = 0
+    if config.small and not world.scripted:
+        say("--small collects nothing here: this environment has no scripted policy")
     settings = json.dumps({**dataclasses.asdict(config), "data": source}, indent=2)
     say(settings)
     if world.columns:

@@ -889,6 +889,335 @@ def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, cube, monkey
         assert str(caught.value) == f"cannot read {tmp_path / 'data.npz'}: {os.strerror(number)}"
 
 
+# ------------------------------------------------------------------------------ own data
+
+# Actions of each episode and how it ended; the file ends before the last one does.
+OWN = [(5, "terminals"), (1, "terminals"), (4, "timeouts"), (1, "timeouts"), (3, "terminals"),
+       (6, None)]
+LOW, HIGH = np.float32([-1, 0]), np.float32([3, 10])  # of actions
+
+
+def own_data(episodes=OWN, seed=0):
+    """Episodes as (states, actions, rewards, how it ended), and D4RL's flat arrays of them."""
+    rng, result, flat = np.random.default_rng(seed), [], {key: [] for key in world.OWN_KEYS[:4]}
+    flat.update(terminals=[], timeouts=[])
+    for length, how in episodes:
+        states = rng.normal(size=(length + 1, 3)).astype(np.float32)
+        actions = rng.uniform(LOW, HIGH, (length, 2)).astype(np.float32)
+        rewards = rng.normal(size=length).astype(np.float32)
+        result.append((states, actions, rewards, how))
+        for key, rows in zip(flat, (states[:-1], actions, rewards, states[1:])):
+            flat[key].extend(rows)
+        for key in ("terminals", "timeouts"):
+            flat[key].extend([False] * (length - 1) + [how == key])
+    return result, {key: np.array(rows) for key, rows in flat.items()}
+
+
+def write_hdf5(path, arrays):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "w") as file:
+        for key, array in arrays.items():
+            file[key] = array
+
+
+def own_file(form, folder):
+    """The episodes of OWN as D4RL, Minari or NumPy users write them."""
+    episodes, flat = own_data()
+    if form == "npz":
+        np.savez(folder / "x.npz", **flat, note="mine")
+    elif form == "without next":
+        flat.pop("next_observations")
+        np.savez(folder / "x.npz", **flat)
+    elif form == "D4RL":
+        write_hdf5(folder / "x.hdf5", {**flat, "infos/qpos": flat["actions"], "metadata/n": 1})
+    elif form == "Minari":  # eleven groups, so that 10 follows 9 and not 1
+        groups = {}
+        for i, (states, actions, rewards, how) in enumerate(episodes):
+            last = np.arange(len(actions)) == len(actions) - 1
+            groups |= {f"episode_{i + 5}/observations": states, f"episode_{i + 5}/rewards": rewards,
+                       f"episode_{i + 5}/actions": actions, f"episode_{i + 5}/infos/x": last,
+                       f"episode_{i + 5}/terminations": last & (how == "terminals"),
+                       f"episode_{i + 5}/truncations": last & (how == "timeouts")}
+        write_hdf5(folder / "x.hdf5", groups)
+    elif form == "folder":
+        for name, part in (("b", slice(10, None)), ("a", slice(10))):  # two episodes and half one
+            np.savez(folder / f"{name}.npz", **{key: array[part] for key, array in flat.items()})
+        return folder
+    return next(folder.iterdir())
+
+
+@pytest.mark.parametrize("form", ["npz", "without next", "D4RL", "Minari", "folder"])
+def test_own_files_hold_the_same_episodes_however_written(form, tmp_path, capsys):
+    path, episodes = own_file(form, tmp_path), own_data()[0]
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    read = [episode for file in files for episode in world.read_episodes(file, 3, 2, LOW, HIGH)]
+    assert len(read) == len(episodes)
+    for (states, actions, rewards, ended), (s, a, r, how) in zip(read, episodes):
+        rows = len(a) - (form == "without next")
+        assert np.array_equal(states, s[:rows + 1]) and np.array_equal(rewards, r[:rows])
+        assert np.allclose(LOW + (actions + 1) / 2 * (HIGH - LOW), a[:rows], atol=1e-5)
+        assert ended == (how == "terminals" and form != "without next")
+    assert ("last states of 3 episodes" in capsys.readouterr().out) == (form == "without next")
+
+
+@pytest.mark.parametrize("n", [1, 3, 4])
+def test_chunks_at_the_ends_of_episodes_by_brute_force(n, tmp_path):
+    episodes = world.read_episodes(own_file("npz", tmp_path), 3, 2, LOW, HIGH)
+    joined = world.join(episodes)
+    data = mac.make_dataset(joined, [], config(chunk=n, chunk_reward="sum"))
+    begin, starts = 0, []
+    for states, actions, rewards, ended in episodes:
+        length = len(actions)
+        legal = [t for t in range(length) if t + n <= length or ended]
+        batch = data.batch(torch.tensor(legal, dtype=torch.long) + begin, generator())
+        for row, t in enumerate(legal):
+            taken = min(n, length - t)
+            chunk = np.zeros((n, 2))
+            chunk[:taken] = actions[t:t + taken]
+            assert np.allclose(batch.chunk[row], chunk.flatten(), atol=1e-4)
+            assert batch.taken[row].tolist() == [1] * 2 * taken + [0] * 2 * (n - taken)
+            assert np.array_equal(batch.observation[row], states[t])
+            assert np.array_equal(batch.next_observation[row], states[t + taken])
+            total = sum(0.9 ** i * rewards[t + i] for i in range(taken))
+            assert np.isclose(batch.reward[row], total, atol=1e-6)
+            assert batch.terminated[row] == (ended and t + n >= length)
+        starts += [begin + t for t in legal]
+        begin += length + 1
+    drawn = data.sample(3000, generator()).observation
+    index = (drawn[:, None] == torch.as_tensor(joined.observations)).all(2).int().argmax(1)
+    counts = torch.bincount(index, minlength=begin)
+    assert data.total_starts == len(starts) and counts.sum() == counts[starts].sum()
+    assert (counts[starts] - 3000 / len(starts)).abs().max() < 5 * (3000 / len(starts)) ** 0.5
+
+
+def test_the_split_is_by_episodes_and_the_same_each_time(tmp_path):
+    for count in (2, 3, 40):
+        _, flat = own_data([(4, "timeouts")] * count)
+        np.savez(tmp_path / "x.npz", **flat)
+        task = world.Gymnasium("", str(tmp_path / "x.npz"))
+        low, high = flat["actions"].min(), flat["actions"].max()
+        flat["actions"] = (flat["actions"] - low) / (high - low)
+        np.savez(tmp_path / "x.npz", **flat)
+        (training, validation), again = task.data(task.path), task.data(task.path)
+        assert all(np.array_equal(a, b) for a, b in zip(training + validation, again[0] + again[1]))
+        assert len(validation.ends) == max(1, count // 10)
+        assert len(training.ends) + len(validation.ends) == count
+        rows = np.concatenate([training.observations, validation.observations])
+        states = np.concatenate([flat["observations"], flat["next_observations"][3::4]])
+        assert sorted(map(tuple, rows)) == sorted(map(tuple, states))
+    assert np.array_equal(validation.ends, np.arange(4, 20, 5))
+
+
+def test_losses_do_not_see_actions_that_were_not_taken():
+    batch = toy_batch(torch.rand(6, 4) * 2 - 1, 1, 2)
+    batch = batch._replace(taken=(torch.arange(4) < torch.tensor([[4], [4], [2], [2], [3], [1]])) * 1.0)
+    z, t = torch.randn(6, 4, generator=generator(3)), torch.zeros(6, 1)
+    flow = mac.flow_matching_loss(lambda s, g, x, t: 0 * x, batch.chunk, None, None, generator(3),
+                                  batch.taken)
+    assert torch.isclose(flow, ((batch.chunk - z) ** 2)[batch.taken == 1].sum() / 24)
+    policy = mac.FlowPolicy(2, 1, 4, config(flow_steps=1))
+    loss = policy.loss(batch, generator(3))
+    s, g = batch.observation, batch.actor_goal
+    error = policy.one_step(s, g, z) - (z + policy.velocity(s, g, z, t)).clamp(-1, 1)
+    assert torch.isclose(loss["distill"], (error ** 2)[batch.taken == 1].sum() / 24)
+    policy = mac.GaussianPolicy(2, 1, 4, config())
+    changed = batch._replace(chunk=torch.where(batch.taken == 1, batch.chunk, 0.9))
+    assert policy.loss(batch, None)["likelihood"] == policy.loss(changed, None)["likelihood"]
+
+
+def test_a_termination_ends_the_imagined_rollout():
+    torch.manual_seed(0)
+    agent = mac.make_agent(4, 2, [], config(terminations=True))
+    assert type(agent.outcome) is mac.TerminationModel
+    batch = chunk_data(0).sample(9, generator())
+    batch = batch._replace(terminated=(torch.arange(9) % 2).float())
+    losses = agent.model_losses(batch)
+    reward, logit = agent.outcome(batch.observation, batch.chunk, batch.value_goal).unbind(-1)
+    p, y = torch.sigmoid(logit), batch.terminated
+    assert torch.isclose(losses["termination"], -(y * p.log() + (1 - y) * (1 - p).log()).mean())
+    assert torch.isclose(losses["reward"], ((reward - batch.reward) ** 2).mean())
+    agent.outcome.output.bias.data[1] = -logit.median()  # so that both happen
+    predicted, masks = agent.outcome.predict(batch.observation, batch.chunk, batch.value_goal)
+    assert torch.equal(predicted, reward) and torch.equal(masks, (logit <= logit.median()).float())
+    assert 0 < masks.sum() < 9
+    rollout = agent.imagine(batch.observation, batch.value_goal, generator(1))
+    rollout = rollout._replace(masks=torch.ones(4, 9).index_fill(0, torch.tensor(1), 0.0))
+    target = mac.returns(rollout.rewards, rollout.masks, torch.full((9,), 1e6), 0.9 ** 3)
+    assert torch.allclose(target[0], rollout.rewards[0] + 0.9 ** 3 * rollout.rewards[1])
+    assert target[2].min() > 1e5
+
+
+def register_slide():
+    """A simulator of one's own, Slide-v0: x moves by the first action, whose box is not symmetric;
+    the task ends, badly, where x leaves (-8, 8)."""
+    import gymnasium
+
+    class Slide(gymnasium.Env):
+        observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,))
+        action_space = gymnasium.spaces.Box(LOW, HIGH)
+        seen = []
+
+        def reset(self, seed=None, options=None):
+            super().reset(seed=seed)
+            self.x = self.np_random.uniform(-1, 1, 3).astype(np.float32)
+            return self.x.copy(), {}
+
+        def step(self, action):
+            self.seen.append(action)
+            self.x[0] += action[0]
+            return self.x.copy(), 1.0, bool(abs(self.x[0]) > 8), False, {}
+
+    for name in ("Slide-v0", "Hopper-v77"):
+        gymnasium.register(name, entry_point=Slide, max_episode_steps=12)
+    return gymnasium.make("Slide-v0"), Slide.seen
+
+
+@pytest.fixture(scope="session")
+def slide(tmp_path_factory):
+    """Episodes of Slide-v0 by random actions, recorded as the README does."""
+    env, seen = register_slide()
+    rng, rows = np.random.default_rng(0), []
+    for episode in range(20):
+        observation, _ = env.reset(seed=episode)
+        done = False
+        while not done:
+            action = rng.uniform(LOW, HIGH).astype(np.float32)
+            following, reward, terminated, truncated, _ = env.step(action)
+            rows.append((observation, action, reward, following, terminated, truncated))
+            observation, done = following, terminated or truncated
+    path = tmp_path_factory.mktemp("slide") / "slide.npz"
+    names = (*world.OWN_KEYS[:4], "terminals", "timeouts")
+    np.savez(path, **{name: np.array(column) for name, column in zip(names, zip(*rows))})
+    return path, seen
+
+
+OWN_TINY = ["--width", "16", "--batch-size", "8", "--device", "cpu", "--chunk", "3", "--steps", "4",
+            "--log-interval", "2"]
+
+
+def test_a_simulator_of_ones_own_from_data_to_evaluation(slide, tmp_path, capsys):
+    path, seen = slide
+    run = tmp_path / "run"
+    assert mac.main(["--env", "Slide-v0", "--data", str(path), *OWN_TINY, "--eval-interval", "4",
+                     "--eval-episodes", "3", "--save-dir", str(run)]) == 0
+    rows = world.read_csv(run / "train.csv")
+    assert len(rows) == 2 and float(rows[-1]["termination"]) > 0
+    row = world.read_csv(run / "eval.csv")[-1]
+    assert row["success"] == row["stderr"] == "" and 3 <= float(row["length"]) <= 12
+    assert row["return"] == row["length"]  # its reward is 1 a step
+    agent = mac.load(run)
+    assert agent.config.terminations and agent.data_source == str(path)
+    seen.clear()
+    task = agent.config.world
+    first = agent.act(*task.reset(task.env, 1, 0), 2, generator())[0]
+    for action, expected in ((first, LOW + (first + 1) / 2 * (HIGH - LOW)), ([-1, -1], LOW),
+                             ([1, 1], HIGH), ([0, 0], (LOW + HIGH) / 2)):
+        task.env.step(np.float32(action))
+        assert np.allclose(seen[-1], expected, atol=1e-5)
+    capsys.readouterr()
+    report = tmp_path / "x.json"
+    assert world.main([str(run), "--episodes", "4", "--json", str(report)]) == 0
+    assert json.loads(report.read_text())["overall"]["success"] is None
+    assert world.main([str(run), "--model-error", "--model-error-steps", "6"]) == 0
+    assert "terminations" in capsys.readouterr().out
+    if importlib.util.find_spec("matplotlib"):
+        assert world.main([str(run), "--plot"]) == 0
+        assert world.main([str(run), "--imagine", str(tmp_path / "x.png")]) == 0
+
+
+def test_without_terminations_and_with_d4rls_score(slide, tmp_path, capsys):
+    command = ["--env", "Hopper-v77", "--data", str(slide[0]), *OWN_TINY, "--no-terminations",
+               "--save-dir", str(tmp_path / "run"), "--eval-interval", "0"]
+    assert mac.main(command) == 0
+    assert type(mac.load(tmp_path / "run").outcome) is mac.RewardModel
+    assert "termination" not in world.read_csv(tmp_path / "run" / "train.csv")[0]
+    capsys.readouterr()
+    report = tmp_path / "x.json"
+    assert world.main([str(tmp_path / "run"), "--episodes", "3", "--json", str(report)]) == 0
+    overall = json.loads(report.read_text())["overall"]
+    assert np.isclose(overall["d4rl_score"],
+                      100 * (overall["return"] + 20.272305) / (3234.3 + 20.272305))
+    assert "normalised score: 0.9" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("env", [[], ["--env", "Nowhere-v3"], ["--env", "no_such_module:Env-v0"]])
+def test_data_without_a_simulator(env, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, flat = own_data(OWN * 4)
+    flat["actions"] = flat["actions"] / 10
+    np.savez("mine.npz", **flat)
+    command = [*env, "--data", "mine.npz", "--seed", "3", *OWN_TINY, "--small", "--steps"]
+    assert mac.main([*command, "4"]) == 0
+    printed = capsys.readouterr().out
+    assert ("cannot make" in printed) == bool(env) and "collects nothing" in printed
+    run = f"exp/{env[1] if env else 'mine'}-seed3"
+    assert mac.load(run).act(np.zeros(3)).shape == (3, 2)
+    assert not pathlib.Path(run, "eval.csv").exists()
+    assert "no simulator" in failing(capsys, run, main=world.main)
+    assert mac.main([*command, "6", "--resume"]) == 0
+
+
+BAD_OWN = {
+    "no rewards": (lambda d: d.pop("rewards"), "has no array 'rewards'"),
+    "no ends": (lambda d: [d.pop("terminals"), d.pop("timeouts")], "no episode ends in it"),
+    "ends not set": (lambda d: d.update(terminals=d["terminals"] * 0, timeouts=d["timeouts"] * 0),
+                     "no episode ends in it"),
+    "lengths": (lambda d: d.update(rewards=d["rewards"][:-1]), "rewards has shape (19,)"),
+    "next": (lambda d: d.update(next_observations=d["next_observations"][:, :1]),
+             "next_observations has shape (20, 1)"),
+    "observation size": (lambda d: d.update(observations=d["observations"][:, :2]),
+                         "observations has shape (20, 2)"),
+    "action size": (lambda d: d.update(actions=d["actions"][:, :1]), "actions has shape (20, 1)"),
+    "action range": (put("actions", (7, 1), 11.5), "actions[7, 1] is 11.5 as float32, not a number "
+                     "between -0.5 and 10.5"),
+    "nan": (put("observations", (4, 2), np.nan), "observations[4, 2] is nan"),
+    "nan flag": (lambda d: d.update(terminals=d["terminals"] * np.nan), "terminals[0] is nan"),
+    "text": (lambda d: d.update(rewards=d["rewards"].astype(str)), "rewards has shape (20,) and"),
+    "empty": (lambda d: d.update({key: array[:0] for key, array in d.items()}), "no episode ends"),
+    "one episode": (lambda d: d.update({key: array[:5] for key, array in d.items()}),
+                    "1 episodes (.npz, .hdf5 or .h5); there must be at least two"),
+    "short": (lambda d: d.update(own_data([(1, "timeouts")] * 9)[1]),
+              "no trajectory is longer than a chunk"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_OWN))
+@pytest.mark.parametrize("kind", ["npz", "hdf5"])
+def test_bad_own_data_is_one_line(case, kind, slide, tmp_path, capsys):
+    change, message = BAD_OWN[case]
+    _, flat = own_data()
+    change(flat)
+    if kind == "npz":
+        np.savez(tmp_path / "x.npz", **flat)
+    elif case == "text":
+        pytest.skip("HDF5 has no such arrays")
+    else:
+        write_hdf5(tmp_path / "x.hdf5", flat)
+    error = failing(capsys, "--env", "Slide-v0", "--data", str(tmp_path / f"x.{kind}"), *OWN_TINY,
+                    "--save-dir", str(tmp_path / "run"))
+    assert message in error and (str(tmp_path) in error or case == "short")
+    assert not list((tmp_path / "run").glob("[a-z]*"))
+
+
+@pytest.mark.parametrize("command, message", [
+    ("--env cube-double-play-v0 --data x.npz", "cube-double-play-v0 has data of its own"),
+    ("--env CartPole-v1 --data x.npz", "its action space is Discrete(2); only flat Box"),
+    ("--env Slide-v0", "Any other environment needs --data"),
+    ("--env Slide-v0 --data x.npz", "cannot read x.npz: No such file"),
+    ("--data x.hdf5", "cannot read x.hdf5 as HDF5"), ("--data bad.h5", "cannot read bad.h5 as HDF5"),
+    ("--data .", "0 episodes"), ("--data x.npz --collect 3", "no scripted policy"),
+])
+def test_bad_input_about_own_data(command, message, slide, tmp_path, capsys, monkeypatch):
+    pytest.importorskip("h5py")
+    monkeypatch.chdir(tmp_path)
+    if "bad" in command:
+        (tmp_path / "bad.h5").write_bytes(b"no HDF5")
+    assert message in failing(capsys, *command.split(), *OWN_TINY, "--save-dir", "run")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    if "HDF5" in message:
+        assert "pip install h5py" in failing(capsys, *command.split(), "--save-dir", "run")
+
+
 # ------------------------------------------------------------------------------ worlds, settings
 
 FAMILIES = ["cube-double-play", "scene-play", "puzzle-3x3-play",
