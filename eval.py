@@ -403,8 +403,8 @@ class Gymnasium:
             episodes += read_episodes(file, *sizes, *box)
             sizes = episodes[0][0].shape[1], episodes[0][1].shape[1]
         if len(episodes) < 2:
-            raise MacError(f"{path}: {len(episodes)} episodes (.npz, .hdf5 or .h5); there must be at "
-                           "least two, one of them for validation")
+            raise MacError(f"{path}: {len(episodes)} episodes (.npz, .hdf5 or .h5); there must be "
+                           "at least two, one of them for validation")
         order = np.random.default_rng(0).permutation(len(episodes))
         validation = set(order[:max(1, len(order) // 10)].tolist())
         return (join([episode for i, episode in enumerate(episodes) if i not in validation]),
@@ -536,8 +536,8 @@ def read_episodes(path, observation_size, action_size, low, high):
                                                      if key in arrays)], axis=0)
                           for keys in (TERMINALS, TIMEOUTS))
         if not count or not (more or (ended | stopped).any()):
-            raise MacError(f"{path}: no episode ends in it; 'terminals' is to be set where the task "
-                           "ended, 'timeouts' where the recording stopped")
+            raise MacError(f"{path}: no episode ends in it; 'terminals' is to be set where the "
+                           "task ended, 'timeouts' where the recording stopped")
         begin = 0
         for end in np.unique([*np.flatnonzero(ended | stopped), count - 1]) + 1:
             if following is None:
@@ -798,7 +798,8 @@ def summarize(results):
 def headline(row):
     """What a row of `summarize` says in a few words."""
     if row["success"] is None:
-        return f"return {row['return']:.5g} ± {row['return_stderr']:.2g}, length {row['length']:.4g}"
+        return (f"return {row['return']:.5g} ± {row['return_stderr']:.2g}, "
+                f"length {row['length']:.4g}")
     return f"success {row['success']:.0%} ± {row['stderr']:.0%}"
 
 
@@ -829,7 +830,8 @@ def evaluate(run, agent, args):
         f"each chunk executed, seed {args.seed}, on {agent.device.type}")
     say(f"{'':8} {'success':>12} {'episodes':>9} {'return':>9} {'':8} {'length':>7}")
     for name, row in table.items():
-        success = f"{row['success']:6.1%} ±{row['stderr']:5.1%}" if row["stderr"] is not None else "-"
+        success = ("-" if row["success"] is None else
+                   f"{row['success']:6.1%} ±{row['stderr']:5.1%}")
         say(f"{name:8} {success:>12} {row.pop('episodes'):9} {row['return']:9.1f} "
             f"±{row['return_stderr']:7.2g} {row['length']:7.1f}")
     simulator = config.env.split("-")[0]

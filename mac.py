@@ -15,7 +15,8 @@ The algorithm, and the function of each step (equation numbers are the paper's):
 
 Shapes: B batch, N candidates, H rollout length in chunks, n chunk length, O observation,
 A action, G goal (0 where the task is fixed), D = n A the flattened chunk; T dataset states,
-K trajectories.
+K trajectories. Networks see observations and goals scaled to [-1, 1]; batches and `act` take
+them raw.
 
 Where this file follows the authors' published code rather than the paper's text:
     - the noised chunk is (1-u) z + u a: Eq. 7 has the two swapped, its own text does not;
@@ -23,6 +24,8 @@ Where this file follows the authors' published code rather than the paper's text
     - in reward-based tasks a chunk's reward is the *mean* of its n discounted rewards, not the
       sum: V and Q are 1/n of the paper's, the arg max is the same (`--chunk-reward sum`);
     - losses are means over coordinates, where the paper writes sums;
+    - a chunk succeeds if the goal's index lies in it, learned by cross-entropy; the teacher of
+      the distillation is clamped to [-1, 1]; target V follows V as it was before the step;
     - at test time only the first action of a chunk is executed (`--execute`).
 Where it differs from that code (README.md has the whole list): a chunk may start anywhere that
 leaves n actions and a state (the published sampler drops some), and V is evaluated only where a
@@ -59,7 +62,7 @@ from eval import (Evaluator, MacError, Parser, Trajectories, command, find_world
                   lock, number, say, summarize, write)
 
 
-# ============== Part I: the method. It computes on the tensors that it is handed. ==============
+# ================ Part I: the method, from logged tensors to one step of training ================
 # -------------------------------------------------------------------------------- settings
 
 POLICIES = {}  # what --policy chooses from; add yours
@@ -141,8 +144,8 @@ class Batch(NamedTuple):
     reward: torch.Tensor  # (B,) mean or sum of gamma^i r_{t+i}
     next_observation: torch.Tensor  # (B, O) s_{t+n}, or the state in which the task ended
     success: torch.Tensor  # (B,) 1 where the value goal's index lies in [t, t+n)
-    value_goal: torch.Tensor  # (B, G)
-    actor_goal: torch.Tensor  # (B, G)
+    value_goal: torch.Tensor  # (B, G) of outcomes, rollouts, V and Q: any state may be asked for
+    actor_goal: torch.Tensor  # (B, G) of the cloned policy: what its trajectory went on to reach
     terminated: torch.Tensor  # (B,) 1 where the task ended within the chunk
     taken: torch.Tensor  # (B, D) 1 for actions taken, 0 for the zeros after the task's end
 
@@ -163,8 +166,8 @@ class ChunkDataset:
         # A chunk may start wherever n actions and a state follow, the last such place included;
         # where the task ended, in its last n - 1 states too: zeros follow the actions taken.
         self.last_starts = ends - torch.where(terminated, 1, config.chunk)  # (K,)
-        starts = (self.last_starts - begins + 1).clamp(min=0)  # (K,) how many there are
-        self.starts_up_to = starts.cumsum(0)  # (K,) in this trajectory and those before it
+        count = (self.last_starts - begins + 1).clamp(min=0)  # (K,) starts of each trajectory
+        self.starts_up_to = count.cumsum(0)  # (K,) in this trajectory and those before it
         self.total_starts = int(self.starts_up_to[-1])
         if not self.total_starts:
             raise MacError(f"no trajectory is longer than a chunk ({config.chunk} actions)")
@@ -495,8 +498,8 @@ class Agent(nn.Module):
         None during the warmup: neither V nor Q is trained there."""
         batch, rollout, value_losses = self.normalize(batch), None, {}
         if not warmup:
-            some = slice(self.config.rollout_batch_size or None)  # 0: the whole batch
-            rollout = self.imagine(batch.observation[some], batch.value_goal[some], generator)
+            first = slice(self.config.rollout_batch_size or None)  # 0: the whole batch
+            rollout = self.imagine(batch.observation[first], batch.value_goal[first], generator)
             value_losses = self.value_losses(rollout)
         policy_losses = self.policy.loss(batch, generator)
         return {**policy_losses, **self.model_losses(batch), **value_losses}, rollout
@@ -540,7 +543,7 @@ def update(agent, optimizer, batch, generator, warmup=False):
     return metrics if warmup else {**metrics, "rollout_reward": rollout.rewards.mean()}
 
 
-# ================= Part II: ablations, presets, files, speed, training, flags ==================
+# ============== Part II: ablations, presets, data, files, speed, training, flags ===============
 # ------------------------------------------------------------------------------- ablations
 
 class OneStepPolicy(FlowPolicy):

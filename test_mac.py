@@ -795,12 +795,13 @@ BAD_DATA = {
     "two axes": (replace("terminals", lambda a: a[:, None]), "terminals has shape (40, 1) "),
     "fewer rows": (replace("actions", lambda a: a[:-3]), "actions has shape (37, 5) "),
     "no rows": (lambda d: d.update({k: v[:0] for k, v in d.items()}), "terminals[-1] is not set"),
-    "wrong observation": (replace("observations", lambda a: a[:, :-1]), "ask for numbers, (40, 28)"),
+    "wrong observation": (replace("observations", lambda a: a[:, :-1]), "for numbers, (40, 28)"),
     "wrong qpos": (replace("qpos", lambda a: a[:, :5]), "qpos has shape (40, 5)"),
     "nan": (put("observations", (7, 3), np.nan), "observations[7, 3] is nan"),
     "inf": (put("actions", (9, 1), -np.inf), "actions[9, 1] is -inf"),
     "nan in qpos": (put("qpos", (0, 0), np.nan), "qpos[0, 0] is nan"),
-    "large action": (put("actions", (2, 4), -3.5), "actions[2, 4] is -3.5 as float32, not a number between -1.1"),
+    "large action": (put("actions", (2, 4), -3.5),
+                     "actions[2, 4] is -3.5 as float32, not a number between -1.1 and 1.1"),
     "no final terminal": (put("terminals", 39, False), "terminals[39] is not set"),
 }
 
@@ -1010,7 +1011,8 @@ def test_the_split_is_by_episodes_and_the_same_each_time(tmp_path):
 
 def test_losses_do_not_see_actions_that_were_not_taken():
     batch = toy_batch(torch.rand(6, 4) * 2 - 1, 1, 2)
-    batch = batch._replace(taken=(torch.arange(4) < torch.tensor([[4], [4], [2], [2], [3], [1]])) * 1.0)
+    taken = torch.arange(4) < torch.tensor([[4], [4], [2], [2], [3], [1]])
+    batch = batch._replace(taken=taken.float())
     z, t = torch.randn(6, 4, generator=generator(3)), torch.zeros(6, 1)
     flow = mac.flow_matching_loss(lambda s, g, x, t: 0 * x, batch.chunk, None, None, generator(3),
                                   batch.taken)
@@ -1204,7 +1206,8 @@ def test_bad_own_data_is_one_line(case, kind, slide, tmp_path, capsys):
     ("--env CartPole-v1 --data x.npz", "its action space is Discrete(2); only flat Box"),
     ("--env Slide-v0", "Any other environment needs --data"),
     ("--env Slide-v0 --data x.npz", "cannot read x.npz: No such file"),
-    ("--data x.hdf5", "cannot read x.hdf5 as HDF5"), ("--data bad.h5", "cannot read bad.h5 as HDF5"),
+    ("--data x.hdf5", "cannot read x.hdf5 as HDF5"),
+    ("--data bad.h5", "cannot read bad.h5 as HDF5"),
     ("--data .", "0 episodes"), ("--data x.npz --collect 3", "no scripted policy"),
 ])
 def test_bad_input_about_own_data(command, message, slide, tmp_path, capsys, monkeypatch):
