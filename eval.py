@@ -903,6 +903,80 @@ def compare_model_errors(mac, args):
             panel.set(xlabel="environment steps", ylabel="mean squared error", yscale="log")
 
 
+@torch.no_grad()
+def reach(agent, dataset, distance, count=5000):
+    """What the networks say of logged states `distance` steps before a goal that the trajectory
+    does reach or, where there are no goals, before its reward rises.
+
+    Args: dataset: a mac.ChunkDataset; `count` random rows of it are tried.
+    Returns: means of V, of Q of the logged chunk, of its success (share of p > 0.5) or reward; None
+    where no trajectory is that long.
+    """
+    generator, ends = torch.Generator().manual_seed(0), dataset.ends
+    start = torch.randint(len(dataset.observations), (count,), generator=generator)
+    if not len(agent.columns):
+        rises = 1 + (dataset.rewards[1:] > dataset.rewards[:-1]).nonzero()[:, 0]
+        start = rises[torch.randint(max(1, len(rises)), (count * bool(len(rises)),),
+                                    generator=generator)] - distance
+    last = ends[torch.searchsorted(ends, start)]
+    fits = (start >= 0) & (start + max(distance + 1, agent.config.chunk) <= last)
+    if not fits.any():
+        return None
+    batch = dataset.batch(start[fits], generator)
+    goal = dataset.observations[start[fits] + distance][:, agent.columns]
+    batch = agent.normalize(batch._replace(value_goal=goal))
+    inputs = batch.observation, batch.chunk, batch.value_goal
+    reward, mask = agent.outcome.predict(*inputs)
+    outcome = 1 - mask if len(agent.columns) else reward
+    numbers = agent.value(inputs[0], inputs[2]), agent.critic(*inputs), outcome
+    return tuple(number.mean().item() for number in numbers)
+
+
+@torch.no_grad()
+def compare_reach(mac, args):
+    """Print, write (RUN/reach.csv) and, for --plot, draw how far ahead V sees, beside the value of
+    what was logged, the value of never getting there, and V where the tasks begin."""
+    agent = mac.load(args.runs[0])
+    n, gamma, (world, path) = agent.config.chunk, agent.config.discount, data_of(agent, args)
+    dataset = mac.make_dataset(world.data(path)[1], agent.columns.tolist(), agent.config)
+    chunk_discount, goals = gamma ** n, len(agent.columns) > 0
+    scale = 1.0 if goals else dataset.reward_weights.sum().item()  # of a chunk's reward
+    rows = []
+    for distance in (0, 10, 20, 30, 50, 70, 100, 150, 200, 300, 400):
+        numbers = reach(agent, dataset, distance)
+        if numbers:
+            ideal = -(1 - chunk_discount ** (distance // n)) / (1 - chunk_discount)
+            rows.append((distance, *numbers, ideal * scale))
+    never = -scale / (1 - chunk_discount)
+    begins = {}
+    for task in world.tasks:
+        given = [mac.checked(agent, *world.reset(world.env, task, seed)) for seed in range(10)]
+        observation, goal = (torch.cat(tensors) for tensors in zip(*given))
+        begins[task] = agent.value(agent.normalizer(observation),
+                                   agent.normalizer(goal, agent.columns)).mean().item()
+    names = ("steps", "V", "Q", "success" if goals else "reward", "ideal")
+    text = "".join(",".join(map(str, row)) + "\n" for row in [names, *rows])
+    write(pathlib.Path(args.runs[0]) / "reach.csv", text.encode())
+    what = "a goal" if goals else "a rise of the reward"
+    say(f"validation states some steps before {what}; \"never\" is worth {never:.2f}")
+    say("".join(f"{name:>9}" for name in names))
+    for row in rows:
+        say(f"{row[0]:9}" + "".join(f"{number:9.2f}" for number in row[1:]))
+    say("V where the tasks begin:", ", ".join(f"task{task} {value:.2f}"
+                                              for task, value in begins.items()))
+    if args.plot is None:
+        return
+    with picture(args.plot or pathlib.Path(args.runs[0]) / "reach.png", 2) as panels:
+        for index, name in enumerate(names[1:], 1):
+            panels[int(index == 3)].plot([row[0] for row in rows], [row[index] for row in rows],
+                                         "k--" if name == "ideal" else ".-", label=name)
+        panels[0].axhline(never, color="gray", linestyle=":", label="never")
+        for task, value in begins.items():
+            panels[0].axhline(value, xmin=0.96, color="C3", label="tasks' starts" * (task == 1))
+        for panel in panels:
+            panel.set(xlabel=f"environment steps before {what}")
+
+
 def data_of(agent, args):
     """The world and the path of the data that an agent was trained on."""
     config, world = agent.config, agent.config.world
@@ -1043,17 +1117,19 @@ def parse(argv):
     add("--plot", nargs="?", const="", metavar="OUT.png", help="instead of playing draw the "
         "learning curve, or the --model-error; default: into the (first) run folder")
     add("--model-error", action="store_true", help="instead of playing measure the model's")
+    add("--reach", action="store_true", help="instead of playing print how far ahead V sees")
     add("--model-error-steps", type=positive, metavar="STEPS", default=100,
         help="how far to replay (default: 100)")
     add("--dataset-dir", help="for --model-error and --imagine, if it has moved")
     args = parser.parse_args(argv)
-    plays = not (args.model_error or args.imagine or args.plot is not None)
+    plays = not (args.model_error or args.reach or args.imagine or args.plot is not None)
     if (args.json or args.video) and not plays:
-        raise MacError("--json and --video do not go with --plot, --model-error and --imagine")
-    if args.imagine and (args.model_error or args.plot is not None):
-        raise MacError("--imagine does not go with --plot and --model-error")
-    if (args.json or args.video or args.imagine) and len(args.runs) > 1:
-        raise MacError("--json, --video and --imagine take a single run")
+        raise MacError("--json and --video are of played episodes")
+    if args.model_error + args.reach + bool(args.imagine) > 1 or args.imagine and args.plot:
+        raise MacError("--model-error, --reach and --imagine do not go together, nor --plot with "
+                       "the latter")
+    if (args.json or args.video or args.imagine or args.reach) and len(args.runs) > 1:
+        raise MacError("--json, --video, --imagine and --reach take a single run")
     for name, endings in ((args.json, ("",)), (args.video, (".gif",)), (args.plot, (".png",)),
                           (args.imagine, (".png", ".gif"))):  # before the work
         if name and not name.endswith(endings):
@@ -1073,6 +1149,8 @@ def main(argv):
         os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
     if args.model_error:
         compare_model_errors(mac, args)
+    elif args.reach:
+        compare_reach(mac, args)
     elif args.imagine:
         compare_imagination(mac, args)
     elif args.plot is not None:

@@ -1590,6 +1590,31 @@ def test_model_error_against_a_plain_loop(trained, data_dir):
     assert np.allclose([e for _, e in curve], errors, rtol=1e-4)
 
 
+@pytest.mark.parametrize("goal", [0, 1])
+@pytest.mark.parametrize("distance", [0, 2, 5, 20])
+def test_reach_is_measured_at_that_distance_within_a_trajectory(goal, distance):
+    data, columns = hand_made(), torch.arange(goal)
+    data.columns, data.rewards = columns, torch.zeros(28)
+    data.rewards[[8, 14, 21, 22]] = torch.tensor([-1.0, 1, 1, 2])  # it rises at 9, 14, 21 and 22
+    outcome = lambda s, chunk, g: (s[:, 0], (s[:, 0] % 2 == 0).float())  # noqa: E731
+    agent = types.SimpleNamespace(
+        columns=columns, config=data.config, normalize=lambda batch: batch,
+        value=lambda s, g: g[:, 0] - s[:, 0] if goal else s[:, 0],
+        critic=lambda s, chunk, g: 100 * chunk[:, 0],
+        outcome=types.SimpleNamespace(predict=outcome))
+    result = world.reach(agent, data, distance)
+    starts = [t for t in range(28) if max(t + distance + 1, t + 3) in trajectory_of(t)]
+    if not goal:
+        starts = [t - distance for t in (9, 14, 21, 22) if t - distance in starts]
+    if not starts:
+        assert result is None
+        return
+    tolerance = 0.5 if goal or len(starts) > 1 else 1e-4  # of a mean over random rows
+    assert np.isclose(result[0], distance if goal else np.mean(starts), atol=tolerance * (not goal))
+    assert np.isclose(result[1], np.mean(starts), atol=tolerance)
+    assert np.isclose(result[2], np.mean(np.array(starts) % 2 if goal else starts), atol=tolerance)
+
+
 @pytest.mark.parametrize("n, steps, expected", [
     (1, 6, [0, 1, 4, 9, 16, 25, 36]), (3, 6, [0, 9, 36]), (4, 7, [0, 16])])
 def test_model_error_stays_within_trajectories(n, steps, expected):
@@ -1610,10 +1635,11 @@ def test_pictures(trained, tmp_path):
     run = str(trained[SINGLE])
     (trained[SINGLE] / "eval.csv").write_text("step,task,success,stderr\n4,overall,0.5,0.1\n")
     assert world.main([run, "--model-error", "--plot", str(tmp_path / "error.png")]) == 0
+    assert world.main([run, "--reach", "--plot", str(tmp_path / "reach.png")]) == 0
     assert world.main([run, run, "--plot", str(tmp_path / "curve.png")]) == 0
     (trained[SINGLE] / "eval.csv").unlink()
     assert world.main([run, "--plot", str(tmp_path / "losses.png")]) == 0
-    assert [path.read_bytes()[:4] for path in tmp_path.iterdir()] == [b"\x89PNG"] * 3
+    assert [path.read_bytes()[:4] for path in tmp_path.iterdir()] == [b"\x89PNG"] * 4
 
 
 def test_load_gives_an_agent_for_other_programs(trained, cube):
@@ -2096,8 +2122,8 @@ def test_bad_input_is_one_line_and_status_2(command, message, data_dir, tmp_path
     ("nowhere --jsn x", "unrecognized arguments: --jsn x"),
     ("nowhere --episode 5", "unrecognized arguments: --episode 5"),
     ("nowhere --json no/x.json", "cannot write no/x.json"),
-    ("nowhere --json x.json --plot", "do not go with --plot, --model-error and --imagine"),
-    ("nowhere there --video x.gif", "--imagine take a single run"),
+    ("nowhere --json x.json --plot", "--json and --video are of played episodes"),
+    ("nowhere there --video x.gif", "--imagine and --reach take a single run"),
     ("nowhere --imagine x.mp4", "must end in .png or .gif"),
     ("nowhere --video x.gif --video-size 3", "--video-size"),
     ("nowhere --video x.mp4", "must end in .gif"),
