@@ -568,6 +568,9 @@ def read_hdf5(path):
             for group, arrays in (groups or {"": {}}).items():
                 groups[group] = arrays
                 for name in OWN_KEYS:
+                    if isinstance(file.get(group + name), h5py.Group):
+                        raise MacError(f"{path}: {group}{name} is a group, as of a Dict space; only "
+                                       "flat arrays are supported")
                     if group + name in file:
                         arrays[name] = file[group + name][()]
             return groups

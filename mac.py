@@ -170,7 +170,8 @@ class ChunkDataset:
         self.starts_up_to = count.cumsum(0)  # (K,) in this trajectory and those before it
         self.total_starts = int(self.starts_up_to[-1])
         if not self.total_starts:
-            raise MacError(f"no trajectory is longer than a chunk ({config.chunk} actions)")
+            raise MacError(f"no trajectory is longer than a chunk ({config.chunk} actions): try a "
+                           "smaller --chunk")
         self.offsets = torch.arange(config.chunk, device=ends.device)
         weights = config.discount ** self.offsets
         self.reward_weights = weights / config.chunk if config.chunk_reward == "mean" else weights

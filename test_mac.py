@@ -631,6 +631,14 @@ def test_seeds_of_collected_episodes_and_scenes_that_never_succeed(tmp_path, mon
     world.collect_data(tmp_path / "data.npz", "any", 25, seed=7)
     assert [seeds for *_, seeds in jobs] == [(7, 0, i) for i in range(2)] + [
         (7, 1, i) for i in range(25)]  # a tenth for validation, whose stream comes first
+    training, validation = tmp_path / "data.npz", tmp_path / "data-val.npz"
+    mine = training.read_bytes() + b"mine"
+    training.write_bytes(mine)
+    validation.unlink()
+    jobs.clear()
+    world.collect_data(training, "any", 25, seed=7)  # only what is missing, nothing replaced
+    assert [seeds for *_, seeds in jobs] == [(7, 0, 0), (7, 0, 1)]
+    assert training.read_bytes() == mine and validation.exists()
     monkeypatch.setattr(world, "run_oracle", lambda *_: {"qpos": np.full((3, 17), 0.3)})
     with pytest.raises(RuntimeError, match="lost the cube from view"):
         world.collect_episode(tmp_path / "scene.npz", "scene-v0", (0, 0, 0))
@@ -1127,6 +1135,16 @@ def test_a_simulator_of_ones_own_from_data_to_evaluation(slide, tmp_path, capsys
         assert world.main([str(run), "--imagine", str(tmp_path / "x.png")]) == 0
 
 
+def test_the_readmes_recording_is_trained_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(readme_code("def controller").replace("range(300)", "range(3)"), {})
+    with np.load("reacher.npz") as file:
+        assert file["observations"].shape == (150, 10) and file["timeouts"].sum() == 3
+        assert np.array_equal(file["next_observations"][:49], file["observations"][1:50])
+    assert mac.main(["--env", "Reacher-v5", "--data", "reacher.npz", *OWN_TINY]) == 0
+    assert not mac.load("exp/Reacher-v5-seed0").config.terminations
+
+
 def test_without_terminations_and_with_d4rls_score(slide, tmp_path, capsys):
     command = ["--env", "Hopper-v77", "--data", str(slide[0]), *OWN_TINY, "--no-terminations",
                "--save-dir", str(tmp_path / "run"), "--eval-interval", "0"]
@@ -1208,13 +1226,14 @@ def test_bad_own_data_is_one_line(case, kind, slide, tmp_path, capsys):
     ("--env Slide-v0 --data x.npz", "cannot read x.npz: No such file"),
     ("--data x.hdf5", "cannot read x.hdf5 as HDF5"),
     ("--data bad.h5", "cannot read bad.h5 as HDF5"),
-    ("--data .", "0 episodes"), ("--data x.npz --collect 3", "no scripted policy"),
+    ("--data dict.h5", "dict.h5: episode_0/observations is a group, as of a Dict space"),
+    ("--data /proc/self", "0 episodes"), ("--data x.npz --collect 3", "no scripted policy"),
 ])
 def test_bad_input_about_own_data(command, message, slide, tmp_path, capsys, monkeypatch):
     pytest.importorskip("h5py")
     monkeypatch.chdir(tmp_path)
-    if "bad" in command:
-        (tmp_path / "bad.h5").write_bytes(b"no HDF5")
+    (tmp_path / "bad.h5").write_bytes(b"no HDF5")
+    write_hdf5(tmp_path / "dict.h5", {"episode_0/observations/state": np.zeros((4, 3))})
     assert message in failing(capsys, *command.split(), *OWN_TINY, "--save-dir", "run")
     monkeypatch.setitem(sys.modules, "h5py", None)
     if "HDF5" in message:
@@ -2104,6 +2123,7 @@ def test_a_run_folder_is_neither_overwritten_nor_shared(trained, data_dir, capsy
     ("--save-dir ~no-such-user/run", "no home folder for ~no-such-user/run: set --save-dir"),
     ("--dataset-dir ~no-such-user", "no home folder for ~no-such-user: set --dataset-dir"),
     ("--chunk 1001", "no trajectory is longer than a chunk"), ("--width 1000000", "memory"),
+    ("--dataset-dir /dev/null", "--dataset-dir /dev/null: that is a file"),
     ("--env antmaze-large-navigate-v0 --collect 3", "no scripted policy"),
     ("--resume --steps", "expected one argument"),
 ])
@@ -2122,6 +2142,9 @@ def test_bad_input_is_one_line_and_status_2(command, message, data_dir, tmp_path
     ("nowhere --jsn x", "unrecognized arguments: --jsn x"),
     ("nowhere --episode 5", "unrecognized arguments: --episode 5"),
     ("nowhere --json no/x.json", "cannot write no/x.json"),
+    ("nowhere --json /dev/null", "cannot write /dev/null"),
+    ("nowhere --plot x.pdf", "x.pdf: the name must end in .png"),
+    ("nowhere --reach --model-error", "do not go together"),
     ("nowhere --json x.json --plot", "--json and --video are of played episodes"),
     ("nowhere there --video x.gif", "--imagine and --reach take a single run"),
     ("nowhere --imagine x.mp4", "must end in .png or .gif"),
