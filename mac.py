@@ -2,6 +2,7 @@
 
     python mac.py --env cube-double-play-v0                       # the paper's settings
     python mac.py --env cube-single-play-singletask-v0 --small    # minutes on a laptop CPU
+    torchrun --nproc-per-node 8 mac.py --env cube-double-play-v0  # the same on eight GPUs
     python eval.py exp/<run>                                      # success table; --video, --plot
 
 The algorithm, and the function of each step (equation numbers are the paper's):
@@ -38,6 +39,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import datetime
 import hashlib
 import io
 import json
@@ -53,6 +55,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
@@ -536,6 +539,7 @@ def update(agent, optimizer, batch, generator, warmup=False):
     losses, rollout = agent.losses(batch, generator, warmup)
     optimizer.zero_grad()
     sum(losses.values()).backward()
+    average_gradients(optimizer)  # with those of torchrun's other processes, if there are any
     with torch.no_grad():  # before V's step, as in the published code
         for target, value in zip(agent.target_value.parameters(), agent.value.parameters()):
             target.lerp_(value, agent.config.ema_rate)
@@ -793,6 +797,11 @@ def set_up_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         torch.set_float32_matmul_precision("high")
+        if PROCESSES > 1:  # from here on "cuda" means this one
+            index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+            if index >= count:
+                raise MacError(f"--nproc-per-node: there are {count} GPUs here, one a process")
+            torch.cuda.set_device(index)
     return torch.device(name)
 
 
@@ -855,7 +864,8 @@ def timed(function, times, device):
 
 def benchmark(config, device, updates):
     """Time `updates` updates, such as follow a warmup, on random data of the environment's shape.
-    -> dict, for one line of JSON. The peak is that of a large fp32 (on a GPU: TF32) matrix product
+    -> dict, for one line of JSON. Under torchrun an update is all processes', floating-point
+    operations are those of one. The peak is that of a large fp32 (on a GPU: TF32) matrix product
     in the same process; as `precision` lowers a part of the update, the ratio may pass 1."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -865,9 +875,11 @@ def benchmark(config, device, updates):
         torch.tensor([19_999]), -torch.ones(20_000), torch.tensor([False]))
     run = Run(config, device, world, arrays, arrays)
     with FlopCounterMode(display=False) as counter:
-        batch = to_device(run.dataset.sample(config.batch_size, run.generators[0]), device)
+        batch = to_device(run.dataset.sample(run.agent.config.batch_size, run.generators[0]),
+                          device)
         update(run.agent, run.optimizer, batch, run.generators[1])
     times = timed(run.make_step(), updates, device)
+    averaging = timed(lambda: average_gradients(run.optimizer), updates, device)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process
     memory *= 1 if sys.platform == "darwin" else 1024
     if device.type == "cuda":
@@ -882,7 +894,71 @@ def benchmark(config, device, updates):
             "ms_median": 1e3 * median, "ms_min": 1e3 * min(times), "ms_max": 1e3 * max(times),
             "gflop_per_update": flops / 1e9, "gflops": flops / median / 1e9,
             "peak_gflops": peak / 1e9, "fraction_of_peak": flops / median / peak,
-            "peak_memory_mb": memory / 1e6}
+            "peak_memory_mb": memory / 1e6, "processes": PROCESSES,
+            "all_reduce_share": float(np.median(averaging)) / median}
+
+
+# ----------------------------------------------------------------------- several processes
+
+# Under torchrun this is process RANK of PROCESSES. Each computes the losses of its share of every
+# batch, by random streams of its own; as gradients are averaged, parameters, equal at the start,
+# stay so to the bit. What is done once, process 0 does.
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextlib.contextmanager
+def together():
+    """Join torchrun's other processes, if there are any. Of their errors only the first is told:
+    the others are the same, or that a process has gone."""
+    if PROCESSES == 1:
+        yield
+        return
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+    store, *_ = next(dist.rendezvous("env://"))
+    # By gloo they agree, on the host, so that no GPU waits. A day is for what process 0 does while
+    # the others wait: it collects data, it evaluates. That one has died is noticed at once.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+                            store=store, rank=RANK, world_size=PROCESSES,
+                            timeout=datetime.timedelta(days=1))
+    try:
+        yield
+    except Exception as error:
+        if store.add("failed", 1) > 1:
+            sys.exit(getattr(error, "status", 2))
+        if "gloo" in str(error):
+            raise MacError("another process of this run has ended: --resume goes on from the last "
+                           "checkpoint") from error
+        raise
+    dist.destroy_process_group()
+
+
+def gathered(value):
+    """The `value` of every process, for all of which this waits."""
+    values = [value] * PROCESSES
+    if PROCESSES > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def share(config):
+    """The configuration of one process, whose batches are its part. Raises MacError."""
+    whole = {name: getattr(config, name) for name in ("batch_size", "rollout_batch_size")}
+    if any(size % PROCESSES for size in whole.values()):
+        raise MacError(f"{PROCESSES} processes cannot divide --batch-size {config.batch_size} and "
+                       f"--rollout-batch-size {config.rollout_batch_size} evenly")
+    return dataclasses.replace(config, **{name: whole[name] // PROCESSES for name in whole})
+
+
+def average_gradients(optimizer):
+    """Over all processes, at once. A loss is a mean, so those of the shares average to the whole
+    batch's (but FQL's `extract`, whose scale is each share's own)."""
+    if PROCESSES > 1:
+        parameters = [p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+        flat = torch.cat([p.grad.flatten() for p in parameters]) / PROCESSES
+        dist.all_reduce(flat)
+        for p, mean in zip(parameters, flat.split([p.numel() for p in parameters])):
+            p.grad = mean.view_as(p)
 
 
 # -------------------------------------------------------------------------------- training
@@ -905,6 +981,8 @@ class Stop:
 
     def handle(self, signum, frame):
         self.signal = signum
+        if PROCESSES > 1:  # torchrun says so, may repeat it, and kills what lives 30 seconds later
+            return
         for other in self.before:
             signal.signal(other, signal.SIG_DFL)
         try:
@@ -914,6 +992,16 @@ class Stop:
 
     def __call__(self):
         return self.signal is not None
+
+    def agreed(self):
+        """Whether any process was asked to, so that all stop after the same step. It is asked
+        before each, which takes the host less than a millisecond and no GPU's time."""
+        signum = torch.tensor(self.signal or 0)
+        if PROCESSES > 1:
+            dist.all_reduce(signum, dist.ReduceOp.MAX)
+        if signum:
+            self.signal = int(signum)
+        return bool(signum)
 
 
 class Run:
@@ -926,19 +1014,22 @@ class Run:
         self.config, self.device = config, device
         torch.manual_seed(config.seed)
         observations, actions = map(torch.as_tensor, training[:2])
-        self.agent = make_agent(observations.shape[1], actions.shape[1], world.columns, config)
+        self.agent = make_agent(observations.shape[1], actions.shape[1], world.columns,
+                                share(config))
         self.agent.normalizer.fit(observations)
         self.agent.to(device)
         self.dataset, self.validation = (make_dataset(arrays, world.columns, config, device)
                                          for arrays in (training, validation))
         self.optimizer = make_optimizer(self.agent)
-        self.generators = make_generators(config.seed, self.dataset.ends.device, device)
+        # NumPy takes (seed, 0) for seed: a single process has the streams of its seed alone.
+        self.generators = make_generators((config.seed, RANK), self.dataset.ends.device, device)
         self.warmup_steps = int(config.warmup * config.steps)
         self.step, self.saved, self.losses, self.headline, self.writer = 0, 0, {}, None, None
 
     def restore(self, state):
         """Continue from a checkpoint. More --steps than it was made with do not make the warmup
-        longer; on another device than it was made on, a random stream begins anew."""
+        longer; on another device than it was made on, or in a process more than it was made by, a
+        random stream begins anew."""
         for name, fitted in self.agent.normalizer.state_dict().items():
             if not torch.equal(fitted.cpu(), state["agent"][f"normalizer.{name}"]):
                 raise MacError("the data are not those of this run: check --dataset-dir")
@@ -946,7 +1037,7 @@ class Run:
         self.optimizer.load_state_dict(state["optimizer"])
         group = self.optimizer.param_groups[0]  # the checkpoint was read to the host
         group.update(capturable=self.device.type == "cuda", lr=group["lr"].to(self.device))
-        for generator, saved in zip(self.generators, state["generators"]):
+        for generator, saved in zip(self.generators, state["generators"][2 * RANK:]):
             if len(saved) == len(generator.get_state()):
                 generator.set_state(saved)
         self.step, self.warmup_steps = state["step"], state["warmup_steps"]
@@ -958,7 +1049,7 @@ class Run:
         data, noise = self.generators
 
         def sample():
-            return to_device(self.dataset.sample(self.config.batch_size, data), self.device)
+            return to_device(self.dataset.sample(self.agent.config.batch_size, data), self.device)
 
         if self.device.type != "cuda":
             return lambda: update(self.agent, self.optimizer, sample(), noise, warmup)
@@ -982,7 +1073,7 @@ class Run:
         """Update until `config.steps` or a signal. Saving and evaluating stand before the update
         that they come before, so the loop runs once more than there are updates."""
         config, rate, phase = self.config, self.optimizer.param_groups[0]["lr"], None
-        plain = not sys.stderr.isatty()  # then a line per log interval
+        plain = RANK > 0 or not sys.stderr.isatty()  # then a line per log interval
         bar = tqdm(total=config.steps, initial=self.step, smoothing=0.05, unit=" steps",
                    file=open(os.devnull, "w") if plain else sys.stderr, bar_format="step "
                    "{n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}")
@@ -995,7 +1086,7 @@ class Run:
                 if table:
                     add_to_log(folder / "eval.csv", [{"step": self.step, "task": name, **row}
                                                      for name, row in table.items()], self.writer)
-            if self.step == config.steps or stop():
+            if self.step == config.steps or stop.agreed():
                 break
             warmup = self.step < self.warmup_steps
             if warmup != phase:
@@ -1015,9 +1106,11 @@ class Run:
             self.save(folder)
 
     def log(self, folder):
-        """A row of train.csv: this step's losses and those of a fixed validation batch. -> the
-        numbers worth watching"""
+        """A row of train.csv: this step's losses (process 0's) and those of a fixed validation
+        batch. -> the numbers worth watching"""
         self.check_finite()
+        if RANK:
+            return ""
         generators = make_generators(0, self.validation.ends.device, self.device)
         batch = self.validation.sample(self.config.batch_size, generators[0])
         with torch.no_grad():
@@ -1031,16 +1124,19 @@ class Run:
         return ", ".join(status + ([self.headline] if self.headline else []))
 
     def check_finite(self):
-        """Raises MacError, status 3, if a loss or a parameter is not finite."""
-        for name, value in {**self.losses, **dict(self.agent.named_parameters())}.items():
-            if not value.isfinite().all():
-                raise MacError(f"{name} is not finite at step {self.step}: training stopped, the "
-                               f"last checkpoint is of step {self.saved}; try a smaller "
+        """Raises MacError, status 3, if a loss or a parameter of any process is not finite."""
+        values = {**self.losses, **dict(self.agent.named_parameters())}
+        for names in gathered([name for name in values if not values[name].isfinite().all()]):
+            if names:
+                raise MacError(f"{names[0]} is not finite at step {self.step}: training stopped, "
+                               f"the last checkpoint is of step {self.saved}; try a smaller "
                                "--learning-rate in a new --save-dir", status=3)
 
     def evaluate(self, evaluator, stop, *how):
         """Play episodes of every task, say how they went -> the table of `summarize`, empty after
-        a stop: --resume begins with this evaluation then."""
+        a stop: --resume begins with this evaluation then. Only process 0 plays."""
+        if RANK:
+            return {}
         results = evaluator.play(self.agent.eval(), *how, stop=stop)
         self.agent.train()
         if results is None:
@@ -1053,12 +1149,14 @@ class Run:
 
     def save(self, folder):
         self.check_finite()
-        save_checkpoint(folder, {
-            "step": self.step, "warmup_steps": self.warmup_steps,
-            "sizes": (*self.agent.sizes, self.agent.columns.tolist()),
-            "data": self.agent.data_source, "config": dataclasses.asdict(self.config),
-            "agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "generators": [generator.get_state() for generator in self.generators]})
+        generators = gathered([generator.get_state() for generator in self.generators])
+        if RANK == 0:
+            save_checkpoint(folder, {
+                "step": self.step, "warmup_steps": self.warmup_steps,
+                "sizes": (*self.agent.sizes, self.agent.columns.tolist()),
+                "data": self.agent.data_source, "config": dataclasses.asdict(self.config),
+                "agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "generators": sum(generators, [])})
         self.saved = self.step
 
 
@@ -1066,7 +1164,8 @@ def train(config, device, folder, checkpoint):
     """Train in `folder` until `config.steps`, a signal or an error. -> exit status"""
     world = config.world
     folder_of_data = home(config.dataset_dir, "--dataset-dir")
-    path, source, config.collect = world.find(folder_of_data, config.collect)
+    found = None if RANK else world.find(folder_of_data, config.collect)
+    path, source, config.collect = gathered(found)[0]
     training, validation = world.data(path)
     config.terminations = config.terminations and bool(training.terminated.any())
     if not world.tasks:
@@ -1091,12 +1190,14 @@ def train(config, device, folder, checkpoint):
         if checkpoint:
             with must_fit(folder):
                 run.restore(checkpoint)
-        run.writer = open_tensorboard(folder, run.step) if config.tensorboard else None
+        if config.tensorboard and RANK == 0:
+            run.writer = open_tensorboard(folder, run.step)
         if not checkpoint:
             run.save(folder)  # so that whatever else is in the folder of a run, this is
-        cut_log(folder / "train.csv", lambda step: step <= run.step)
-        cut_log(folder / "eval.csv", lambda step: step < run.step)
-        write(folder / "config.json", (settings + "\n").encode())
+        if RANK == 0:
+            cut_log(folder / "train.csv", lambda step: step <= run.step)
+            cut_log(folder / "eval.csv", lambda step: step < run.step)
+            write(folder / "config.json", (settings + "\n").encode())
         evaluator = Evaluator(world)
         run.train(folder, evaluator, stop)
         if config.small and config.eval_interval:  # beside the behaviour, which N = 1 is
@@ -1104,7 +1205,7 @@ def train(config, device, folder, checkpoint):
                 for execute in sorted({1, config.chunk}) if not stop() else ():
                     run.evaluate(evaluator, stop, max(1, 50 // len(world.tasks)), config.seed + 1,
                                  execute, candidates)
-        if stop():
+        if stop.agreed():
             say(f"stopped at step {run.step}; the same command with --resume goes on")
             return 128 + stop.signal
     say(f"trained {run.step} steps; now: python eval.py {folder}")
@@ -1165,15 +1266,17 @@ def resumed(saved, config, given):
 
 
 @command
+@together()
 def main(argv):
     given, resume, updates = parse(argv)
     config = Config(**given)
     device = set_up_device(config.device)  # an error now rather than after a collection
+    share(config)  # likewise
     if updates:
         return say(json.dumps(benchmark(config, device, updates)))
     name = config.env or pathlib.Path(config.data).stem
     folder = home(config.save_dir or f"exp/{name}-seed{config.seed}", "--save-dir")
-    with lock(folder):
+    with lock(folder) if RANK == 0 else contextlib.nullcontext():
         checkpoint = None
         exists = any(any(folder.glob(name)) for name in ("*.json", "*.csv", "checkpoint*.pt"))
         if exists and not resume:

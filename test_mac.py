@@ -20,6 +20,7 @@ import re
 import resource
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -1878,6 +1879,160 @@ def test_training_in_a_thread_leaves_signals_alone(data_dir, tmp_path):
     thread.start()
     thread.join()
     assert status == [0] and signal.getsignal(signal.SIGTERM) is before
+
+
+# ------------------------------------------------------------------------------ several processes
+
+TWO = ["--env", "counting", "--width", "16", "--batch-size", "8", "--device", "cpu", "--chunk", "3",
+       "--horizon", "2", "--candidates", "2", "--flow-steps", "2", "--eval-interval", "40",
+       "--eval-episodes", "1", "--save-interval", "5", "--log-interval", "10", "--steps", "1000000",
+       "--resume"]
+
+
+def process():
+    """What each process of `two` runs: mac.main in the Counting world, which leaves its first
+    update's gradients and its last parameters for the tests."""
+    world.WORLDS.append(Counting)
+    folder = sys.argv[sys.argv.index("--save-dir") + 1]
+    update, train = mac.update, mac.Run.train
+
+    def first_update(agent, optimizer, *rest):
+        mac.update, result = update, update(agent, optimizer, *rest)
+        torch.save([p.grad for p in agent.parameters() if p.requires_grad],
+                   f"{folder}/gradients.pt")
+        return result
+
+    def whole_training(run, *rest):
+        train(run, *rest)
+        torch.save(run.agent.state_dict(), f"{folder}/parameters{mac.RANK}.pt")
+
+    mac.update, mac.Run.train = first_update, whole_training
+    sys.exit(mac.main())
+
+
+def start_two(folder, torchrun=False):
+    """-> two processes that train together, or torchrun's alone"""
+    program = [sys.executable, "-c", "import test_mac; test_mac.process()", *TWO, "--save-dir",
+               str(folder)]
+    if torchrun:
+        program = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   "--nproc-per-node", "2", "--no-python", *program]
+    with socket.create_server(("localhost", 0)) as server:  # for a port that is free
+        address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(server.getsockname()[1])}
+    given = [{}] if torchrun else [{"RANK": str(rank), "WORLD_SIZE": "2", **address}
+                                   for rank in range(2)]
+    return [subprocess.Popen(program, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **settings})
+            for settings in given]
+
+
+def wait_for_rows(rows, folder, processes):
+    log = folder / "train.csv"
+    while not log.exists() or log.read_text().count("\n") <= rows:
+        assert all(process.poll() is None for process in processes), processes[0].communicate()
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def two_processes(tmp_path_factory):
+    """The folder of a run of two processes one of which was killed, and which was then resumed
+    until torchrun was told to stop after 50 updates or more."""
+    folder = tmp_path_factory.mktemp("two")
+    first, second = start_two(folder)
+    wait_for_rows(1, folder, [first, second])
+    second.kill()
+    _, error = first.communicate(timeout=60)
+    second.communicate()
+    assert first.returncode == 2 and error == ("error: another process of this run has ended: "
+                                               "--resume goes on from the last checkpoint\n")
+    assert 5 <= mac.load_checkpoint(folder)["step"] < 50
+    torchrun, = start_two(folder, torchrun=True)
+    wait_for_rows(5, folder, [torchrun])
+    torchrun.terminate()
+    out, error = torchrun.communicate(timeout=60)
+    assert torchrun.returncode and "error: " not in error
+    for text in ("resuming at", "step 40: success", "stopped at step"):
+        assert out.count(text) == 1
+    return folder
+
+
+def two_runs(monkeypatch):
+    """The same as two runs in this process."""
+    monkeypatch.setattr(world, "WORLDS", [*world.WORLDS, Counting])
+    monkeypatch.setattr(mac, "PROCESSES", 2)
+    given, _, _ = mac.parse(TWO)
+    data, runs = Counting().data(None), []
+    for rank in range(2):
+        monkeypatch.setattr(mac, "RANK", rank)
+        runs.append(mac.Run(mac.Config(**given), torch.device("cpu"), Counting(), *data))
+    return runs
+
+
+def test_two_processes_killed_stopped_and_resumed_are_two_threads_left_alone(two_processes,
+                                                                             monkeypatch):
+    state, runs = mac.load_checkpoint(two_processes), two_runs(monkeypatch)
+    meeting, shared = threading.Barrier(2, timeout=60), {}
+
+    def average_gradients(optimizer):
+        parameters = [p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
+        shared[optimizer] = [p.grad / 2 for p in parameters]
+        meeting.wait()
+        for p, ours, others in zip(parameters, *shared.values()):
+            p.grad = ours + others
+        meeting.wait()
+
+    def train(run):
+        step = run.make_step()
+        for _ in range(state["step"]):
+            step()
+
+    monkeypatch.setattr(mac, "average_gradients", average_gradients)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        list(pool.map(train, runs))
+    torch.set_num_threads(threads)
+    assert state["step"] >= 50
+    for rank, run in enumerate(runs):
+        for saved in (state["agent"], torch.load(two_processes / f"parameters{rank}.pt")):
+            assert all(torch.equal(value, saved[name])
+                       for name, value in run.agent.state_dict().items())
+        for index, moments in run.optimizer.state_dict()["state"].items():
+            assert all(torch.equal(value, state["optimizer"]["state"][index][name])
+                       for name, value in moments.items())
+    streams = [generator.get_state() for run in runs for generator in run.generators]
+    assert all(map(torch.equal, streams, state["generators"])) and len(state["generators"]) == 4
+    steps = [int(row["step"]) for row in world.read_csv(two_processes / "train.csv")]
+    assert steps == list(range(10, state["step"] + 1, 10))
+
+
+def test_averaged_gradients_of_two_processes_are_the_whole_batchs(two_processes, monkeypatch):
+    data, noise = zip(*(run.generators for run in two_runs(monkeypatch)))
+    run = two_runs(monkeypatch)[0]
+    batch = mac.Batch(*map(torch.cat, zip(*(run.dataset.sample(4, half) for half in data))))
+    assert not torch.equal(batch.observation[:4], batch.observation[4:])
+
+    def drawn_in_halves(draw):
+        def drawn(*shape, generator, device):
+            rows, *rest = shape[0] if isinstance(shape[0], torch.Size) else shape
+            return torch.cat([draw(rows // 2, *rest, generator=half) for half in noise])
+        return drawn
+
+    for name in ("randn", "rand"):
+        monkeypatch.setattr(torch, name, drawn_in_halves(getattr(torch, name)))
+    sum(run.agent.losses(batch, None)[0].values()).backward()
+    gradients = [p.grad for p in run.agent.parameters() if p.requires_grad]
+    averaged = torch.load(two_processes / "gradients.pt")
+    assert len(averaged) == len(gradients)
+    for ours, theirs in zip(gradients, averaged):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5 * ours.abs().max().item())
+
+
+def test_processes_that_cannot_share_a_batch_are_refused(monkeypatch):
+    monkeypatch.setattr(mac, "PROCESSES", 2)
+    for name in ("batch", "rollout_batch"):
+        with pytest.raises(world.MacError, match="2 processes cannot divide"):
+            mac.share(config(**{f"{name}_size": 9}))
 
 
 def small_checkpoint(folder, step=1):
