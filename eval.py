@@ -15,6 +15,7 @@ import concurrent.futures
 import contextlib
 import csv
 import difflib
+import errno
 import fcntl
 import functools
 import http.client
@@ -32,6 +33,7 @@ import socket
 import sys
 import tempfile
 import threading
+import warnings
 import zipfile
 import zlib
 from typing import NamedTuple
@@ -178,6 +180,7 @@ class Trajectories(NamedTuple):
     ends: np.ndarray  # (K,) index of each trajectory's last state, ascending
     rewards: np.ndarray  # (T,) of the actions; zeros where goals take their place
     terminated: np.ndarray  # (K,) where the task ended in that state, not just the recording
+    limits: np.ndarray = None  # (2, O) minimum and maximum of the observations, where known
 
 
 def find_world(env_id, goal="task", data=""):
@@ -215,6 +218,7 @@ class OGBench:
 
     knows = OGBENCH_IDS.__contains__
     pixels = 200  # of a rendered image's side
+    cache_dir = ""  # of the flat files; else they lie beside the data
 
     def __init__(self, env_id, goal="task"):
         words = [w for w in env_id.split("-")
@@ -226,6 +230,9 @@ class OGBench:
         self.simulator = "-".join(words[:-2] + words[-1:])  # 'cube-double-v0'
         if "oraclerep" in env_id and goal != "task":
             raise MacError(f"--goal {goal}: {env_id} has task goals; take {self.dataset}")
+
+    def __reduce__(self):  # a process that this is sent to makes its own environment
+        return one_world, (type(self), self.env_id, self.goal)
 
     @functools.cached_property
     def env(self):
@@ -286,21 +293,23 @@ class OGBench:
         return observation, np.zeros(0) if self.fixed else info["goal"]
 
     def find(self, folder, collect, obtain=True):
-        """The training file (its sibling '-val.npz' is validation): the collected one if `collect`
-        says how many episodes, else OGBench's, which is downloaded or, failing that, collected
-        too. Without `obtain` only what is in the folder already.
+        """The data set, a path for `data_files`: the collected one if `collect` says how many
+        episodes, else OGBench's, which is downloaded or, failing that, collected too. Without
+        `obtain` only what is in the folder already.
         -> path, where the data came from in a line, and the number of collected episodes."""
         if collect and not self.scripted:
             raise MacError(f"--collect: OGBench has no scripted policy for {self.dataset}")
         name = f"{self.dataset}-collected{collect}" if collect else self.dataset
         path = folder / f"{name}.npz"
         files = path, validation_file(path)
-        missing = obtain and not all(file.exists() for file in files)
         if folder.exists() and not folder.is_dir():
             raise MacError(f"--dataset-dir {folder}: that is a file")
-        if missing and collect:
+        if obtain and collect:
             collect_data(path, self.simulator, collect)
-        elif missing:
+        (first, *more), validation = data_files(path)
+        if first != path and not validation[0].exists():
+            raise MacError(f"{first}: {validation[0].name} is not beside it, nor any other like it")
+        if obtain and not collect and not (first.exists() and validation[0].exists()):
             try:
                 download(self.dataset, folder)
             except (*DAMAGE, http.client.HTTPException) as error:
@@ -311,12 +320,13 @@ class OGBench:
                 say(f"WARNING: {reason}\nWARNING: using {COLLECTED_EPISODES} episodes collected "
                     "with OGBench's scripted policies instead (--collect N for another number)")
                 return self.find(folder, COLLECTED_EPISODES)
+        shown = f"{first.name} to {more[-1].name}" if more else first.name
         return path, (f"{collect} episodes collected with OGBench's scripted policies"
-                      if collect else "OGBench's file") + f" ({path.name})", collect
+                      if collect else "OGBench's file") + f" ({shown})", collect
 
     def data(self, path):
         """Training and validation data. -> a pair of Trajectories"""
-        return self.arrays(path), self.arrays(validation_file(path))
+        return flat_data(self, path)
 
     def arrays(self, path):
         """A data file, checked. -> Trajectories"""
@@ -330,9 +340,17 @@ class OGBench:
         if self.fixed:
             from ogbench.relabel_utils import relabel_dataset
             relabel_dataset(self.env_id, self.env, data)
-        nothing = np.zeros(len(data["observations"]), np.float32)  # takes no memory until written
-        return Trajectories(data["observations"], data["actions"], ends,
-                            data.get("rewards", nothing), np.zeros(len(ends), bool))
+        observations = data["observations"]
+        nothing = np.zeros(len(observations), np.float32)  # takes no memory until written
+        return Trajectories(observations, data["actions"], ends, data.get("rewards", nothing),
+                            np.zeros(len(ends), bool),
+                            np.stack([observations.min(0), observations.max(0)]))
+
+
+@functools.cache
+def one_world(World, env_id, goal):
+    """A world in a process that reads many files: an environment takes a second to build."""
+    return World(env_id, goal)
 
 
 WORLDS = [OGBench]
@@ -423,6 +441,16 @@ def validation_file(path):
     return path.with_name(path.name.replace(".npz", "-val.npz"))
 
 
+def data_files(path):
+    """The training files of the data set `path`, which are it or, where there is no such file, its
+    shards <stem>-000.npz and so on, and the '-val' siblings of these. -> two lists, not empty"""
+    shards = [file for file in sorted(path.parent.glob(f"{path.stem}-*.npz"))
+              if re.fullmatch(r"-\d+", file.stem[len(path.stem):])]
+    training = [path] if path.exists() or not shards else shards
+    validation = [validation_file(file) for file in training]
+    return training, [file for file in validation if file.exists()] or validation[:1]
+
+
 def download(name, folder):
     """OGBench's own download, into a temporary folder: it renames a short file without
     complaint, so only a file whose zip checksums hold gets its final name."""
@@ -494,6 +522,103 @@ def read_data(path, widths):
         raise MacError(f"{path}: {ends[0]}[{rows[0] - 1}] is not set: the last trajectory is cut "
                        "off")
     return arrays, end
+
+
+# --------------------------------------------------------------------------- data: flat files
+
+def flat_data(world, path):
+    """The data set `path`, memory-mapped: reading its compressed files takes 6 s per million rows,
+    and memory may not hold them. So they are read once, checked, and laid down as flat .npy files
+    in a folder whose name stands for their names, sizes and times.
+    -> Trajectories of training and validation. Raises MacError, also where there is no room."""
+    place, result = path.parent / "flat" / path.stem, []
+    if world.cache_dir:  # which may serve several folders
+        source = "-".join(path.parent.resolve().parts[1:])
+        place = home(world.cache_dir, "--cache-dir") / source / path.stem
+    rewards = f"rewards-{world.env_id}"
+    shapes = {name: (size,) for name, size in zip(("observations", "actions"), world.sizes)}
+    shapes.update({rewards: ()} if world.fixed else {})
+    # Read-only, and nobody writes: of a private, writable map all would have to fit in memory.
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+    for split, files in zip(("training", "validation"), data_files(path)):
+        status = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        folder = place / f"{split}-{zlib.crc32(repr(status).encode()):08x}"
+        if missing(folder, files, shapes):
+            try:
+                with lock(place, wait=True):  # a second process would lay down the same
+                    lay_down(world, folder, files, shapes)
+            except OSError as error:
+                raise MacError(f"cannot lay the data down in {place}: {error.strerror or error}; "
+                               "--cache-dir names another place") from error
+        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in shapes}
+        ends, limits, total = [], [], len(arrays["actions"])
+        for file in files:
+            mark = json.loads(mark_of(folder, file, "observations").read_text())
+            ends += [end + (ends[-1] + 1 if ends else 0) for end in mark["ends"]]
+            limits.append(mark["limits"])
+        limits = np.array(limits, np.float32)
+        nothing = np.broadcast_to(np.float32(0), total)
+        result.append(Trajectories(
+            arrays["observations"], arrays["actions"], np.array(ends), arrays.get(rewards, nothing),
+            np.zeros(len(ends), bool), np.stack([limits[:, 0].min(0), limits[:, 1].max(0)])))
+    return result
+
+
+def mark_of(folder, file, name):
+    """The file that is there once array `name` of `file` is: its trajectories' ends, and minima and
+    maxima of its observations."""
+    return folder / f"{file.name}-{name}.json"
+
+
+def missing(folder, files, shapes):
+    """-> {file: names of its arrays that are not in `folder` yet}"""
+    there = [name for name in shapes if (folder / f"{name}.npy").exists()]
+    names = {file: [name for name in shapes if name not in there
+                    or not mark_of(folder, file, name).exists()] for file in files}
+    return {file: names for file, names in names.items() if names}
+
+
+def lay_down(world, folder, files, shapes):
+    """Put what is missing of `files` into `folder`, over all cores."""
+    for old in folder.parent.glob(folder.name[:-8] + "?" * 8):  # of files as they were
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)  # a run that has mapped it keeps it
+    folder.mkdir(exist_ok=True)
+    rows = [max((array.size for array in read_npz(file, END_KEYS).values()), default=0)
+            for file in files]  # `read_data` compares the other arrays
+    begins, needed = dict(zip(files, np.cumsum([0, *rows]).tolist())), 0
+    for name, shape in shapes.items():
+        array, temporary = folder / f"{name}.npy", folder.parent / f".{name}.tmp"
+        if not array.exists():  # it takes no room before it is written
+            for file in files:  # of an array that somebody has removed
+                mark_of(folder, file, name).unlink(missing_ok=True)
+            np.lib.format.open_memmap(temporary, "w+", np.float32, (sum(rows), *shape))
+            os.replace(temporary, array)
+        needed += max(0, array.stat().st_size - 512 * array.stat().st_blocks)
+    jobs = [(world, file, folder, begins[file] - sum(rows), names)
+            for file, names in missing(folder, files, shapes).items()]
+    free = shutil.disk_usage(folder).free
+    say(f"laying {len(jobs)} of {len(files)} files down in {folder}: this takes "
+        f"{needed / 1e9:.3g} of the {free / 1e9:.3g} GB that are free")
+    if needed > free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    shard = 16 * max(rows) * sum(world.sizes)  # bytes of one while it is read
+    workers = min(cores(), len(jobs), host_memory() // (shard + 1)) if len(jobs) > 2 else 0
+    in_processes(lay_down_file, jobs, workers, "laying down", "file")
+
+
+def lay_down_file(world, file, folder, place, names):
+    """Write arrays `names` of a file to their rows, which begin at `place`, from the end."""
+    data = world.arrays(file)
+    mark = json.dumps({"ends": data.ends.tolist(), "limits": data.limits.tolist()})
+    for name in names:
+        array = np.ascontiguousarray(getattr(data, name.split("-")[0]))
+        with open(folder / f"{name}.npy", "r+b") as out:
+            out.seek(place * array[:1].nbytes, os.SEEK_END)
+            out.write(array)
+            out.flush()
+            os.fsync(out.fileno())
+        write(mark_of(folder, file, name), mark.encode())
 
 
 # --------------------------------------------------------------------------- data: one's own
@@ -599,39 +724,66 @@ EPISODE_STEPS = 1001
 
 def collect_data(path, name, episodes, workers=None, seed=0):
     """Collect `episodes` training and a tenth as many validation episodes of simulator `name` into
-    `path` and its '-val' sibling, where these are missing, over all cores; the same data for any
-    `workers`. Episodes wait in a folder beside them: an interrupted collection goes on."""
+    `path` and its '-val' sibling, or more than 1,000 into shards of 1,000, where these are missing,
+    over all cores; the same data for any `workers`. The episodes of one shard wait in a folder
+    beside it: an interrupted collection goes on."""
     parts = path.with_name(f".{path.stem}-episodes")
-    counts = {validation_file(path): max(1, episodes // 10), path: episodes}  # in order of seeds
+    size, shards = episodes if path.exists() else COLLECTED_EPISODES, [path]
+    if episodes > size:
+        shards = [path.with_name(f"{path.stem}-{i:03}.npz") for i in range(-(-episodes // size))]
+    if all(file.exists() for shard in shards for file in (shard, validation_file(shard))):
+        return
     with lock(path.parent, ".collecting", wait=True):  # a second process would collect the same
-        parts.mkdir(exist_ok=True)
-        jobs = {target: [(parts / f"{seed}-{split}-{i}.npz", name, (seed, split, i))
-                         for i in range(count)]
-                for split, (target, count) in enumerate(counts.items()) if not target.exists()}
-        if jobs:
-            collect_episodes([job for group in jobs.values() for job in group], workers)
-        for target, group in jobs.items():
-            arrays = [read_npz(file) for file, *_ in group]
-            write_npz(target, {key: np.concatenate([a[key] for a in arrays]) for key in arrays[0]})
-        shutil.rmtree(parts)
+        for i, shard in enumerate(shards):
+            begin, end = i * size, min((i + 1) * size, episodes)
+            numbers = {validation_file(shard): range(begin // 10, max(end, begin + 10) // 10),
+                       shard: range(begin, end)}  # in order of seeds
+            jobs = {target: [(parts / f"{seed}-{split}-{e}.npz", name, (seed, split, e))
+                             for e in numbers[target]]
+                    for split, target in enumerate(numbers) if not target.exists()}
+            if jobs:
+                parts.mkdir(exist_ok=True)
+                collect_episodes([job for group in jobs.values() for job in group], workers)
+            for target, group in jobs.items():
+                arrays = [read_npz(file) for file, *_ in group]
+                write_npz(target, {key: np.concatenate([a[key] for a in arrays])
+                                   for key in arrays[0]})
+            shutil.rmtree(parts, ignore_errors=True)
 
 
 def collect_episodes(jobs, workers=None):
     """Run `collect_episode` for every job, over all cores."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(workers or cores, len(jobs))
+    workers = min(workers or cores(), len(jobs))
     say(f"collecting {len(jobs)} episodes of {jobs[0][1]} in {workers} processes")
+    in_processes(collect_episode, jobs, workers, "collecting", "episode")
+
+
+def host_memory():
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def in_processes(function, jobs, workers, doing, unit):
+    """Call `function(*job)` for every job in `workers` processes, or here if that is 0."""
+    if not workers:
+        for job in tqdm(jobs, doing, unit=unit, disable=None):
+            function(*job)
+        return
     # Fresh interpreters: a fork of a process that has run torch's threads may hang.
     with concurrent.futures.ProcessPoolExecutor(
             workers, multiprocessing.get_context("spawn"), start_worker) as pool:
         try:
-            done = [pool.submit(collect_episode, *job) for job in jobs]
-            for future in tqdm(done, "collecting", unit="episode", disable=None):
+            done = [pool.submit(function, *job) for job in jobs]
+            for future in tqdm(done, doing, unit=unit, disable=None):
                 future.result()
         except concurrent.futures.process.BrokenProcessPool as error:
-            raise MacError("a process of the collection was killed, perhaps for want of memory: "
-                           "the same command goes on with what it has") from error
-        except BaseException:  # leaving the pool would wait for the episodes already begun
+            raise MacError(f"a process was killed while {doing}, perhaps for want of memory: the "
+                           "same command goes on with what it has") from error
+        except BaseException:  # leaving the pool would wait for the jobs already begun
             for worker in multiprocessing.active_children():
                 worker.terminate()
             raise
@@ -860,16 +1012,19 @@ def model_error(agent, dataset, steps, trajectories=2000):
     Returns: list of (environment steps, error), one per chunk, beginning with (0, 0).
     Raises: MacError if no trajectory is that long.
     """
-    n = agent.config.chunk
-    index = torch.arange(len(dataset.observations))
-    last = dataset.ends[torch.searchsorted(dataset.ends, index)]
-    starts = index[index + steps // n * n <= last]
-    if not len(starts) or steps < n:
+    n, ends = agent.config.chunk, dataset.ends
+    span = steps // n * n
+    starts_up_to = (ends.diff(prepend=ends.new_tensor([-1])) - span).clamp(min=0).cumsum(0)  # (K,)
+    total = int(starts_up_to[-1])
+    if not total or steps < n:
         raise MacError(f"--model-error-steps {steps}: needs at least one chunk ({n} actions) "
                        "and a trajectory of that length")
-    starts = starts[torch.linspace(0, len(starts) - 1, min(trajectories, len(starts))).long()]
+    count = min(trajectories, total)
+    pick = torch.linspace(0, total - 1, count, dtype=torch.float64).long()  # (count,)
+    k = torch.searchsorted(starts_up_to, pick, right=True)
+    starts = ends[k] + 1 - span - (starts_up_to[k] - pick)
     prediction, errors = agent.normalizer(dataset.observations[starts]), [(0, 0.0)]
-    for step in range(0, steps // n * n, n):
+    for step in range(0, span, n):
         batch = agent.normalize(dataset.batch(starts + step, torch.Generator()))
         prediction = agent.next_observation(prediction, batch.chunk)
         errors.append((step + n, (prediction - batch.next_observation).square().mean().item()))
@@ -1010,13 +1165,14 @@ def compare_imagination(mac, args, steps=100):
             frames.append(env.render())
         simulated.append(env.step(action)[0])
     if film:
-        logged = world.data(path)[0].observations
-        places = {} if agent.config.data else read_npz(path, ["qpos", "button_states"])
+        places = {} if agent.config.data else read_npz(
+            data_files(path)[0][0], ["observations", "qpos", "button_states"])  # a shard will do
         if "qpos" not in places:
             raise MacError(f"{path}: has no array 'qpos' to draw imagined states with")
+        logged = torch.as_tensor(places.pop("observations"), dtype=torch.float32)
         world.reset(env, world.tasks[0], args.seed)  # colours of a success stay otherwise
         imagined = []
-        for row in torch.cdist(states[:-1], normal(torch.as_tensor(logged))).argmin(1).tolist():
+        for row in torch.cdist(states[:-1], normal(logged)).argmin(1).tolist():
             qpos, *buttons = (array[row] for array in places.values())
             env.unwrapped.set_state(qpos, np.zeros(env.unwrapped.model.nv), *buttons)
             imagined.append(env.render())

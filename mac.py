@@ -62,7 +62,7 @@ from torch.distributions import Normal, TanhTransform, TransformedDistribution
 from tqdm import tqdm
 
 from eval import (Evaluator, MacError, Parser, Trajectories, command, find_world, headline, home,
-                  lock, number, say, summarize, write)
+                  host_memory, lock, number, say, summarize, write)
 
 
 # ================ Part I: the method, from logged tensors to one step of training ================
@@ -115,7 +115,10 @@ class Config:
     precision: str = setting("float32", "of proposals and scores", choices=("float32", "bfloat16"))
     # data, logs, files
     dataset_dir: str = setting("~/.ogbench/data", "folder of the .npz files")
+    cache_dir: str = setting("", "where to lay them down flat; default: flat/ beside the data")
     collect: int = setting(0, "train on this many episodes, collected here", low=0)
+    window: int = setting(0, "for data larger than memory: draw from this many transitions at a "
+                          "time, a window that slides through the data; 0: from all", low=0)
     save_dir: str = setting("", "run folder; default exp/<env>-seed<seed>")
     tensorboard: bool = setting(False, "write the numbers of the .csv files for TensorBoard too")
     log_interval: int = setting(1000, "steps between rows of train.csv; 0: never", low=0)
@@ -134,7 +137,9 @@ class Config:
 
     @property
     def world(self):
-        return find_world(self.env, self.goal, self.data)
+        world = find_world(self.env, self.goal, self.data)
+        world.cache_dir = self.cache_dir
+        return world
 
 
 # --------------------------------------------------------------------------- chunk dataset
@@ -175,17 +180,33 @@ class ChunkDataset:
         if not self.total_starts:
             raise MacError(f"no trajectory is longer than a chunk ({config.chunk} actions): try a "
                            "smaller --chunk")
+        self.first_start, self.starts = 0, self.total_starts  # what is drawn from: all of them
+        self.first_state, self.states = 0, len(observations)  # and these as random goals
+        if config.window:
+            self.starts = min(config.window, self.starts)
+            self.states = min(config.window, self.states)
         self.offsets = torch.arange(config.chunk, device=ends.device)
         weights = config.discount ** self.offsets
         self.reward_weights = weights / config.chunk if config.chunk_reward == "mean" else weights
 
-    def sample(self, batch_size, generator):
-        """B chunks, uniform over all legal starts. -> Batch"""
-        pick = torch.randint(self.total_starts, (batch_size,), generator=generator,
+    def slide_window(self, step):
+        """Of data larger than memory draw from `config.window` starts and as many states, all of
+        them others 1,000 steps later (the published code then goes to the next million), in the
+        data's order, over and over."""
+        first = torch.tensor([step * self.config.window // 1000 % self.total_starts],
                              device=self.ends.device)
+        self.first_start, self.first_state = first, self.start(first)
+
+    def start(self, pick):
+        """The states (B,) that legal starts number `pick` (B,) are."""
         k = torch.searchsorted(self.starts_up_to, pick, right=True)  # the trajectory picked
-        start = self.last_starts[k] + 1 - (self.starts_up_to[k] - pick)
-        return self.batch(start, generator)
+        return self.last_starts[k] + 1 - (self.starts_up_to[k] - pick)
+
+    def sample(self, batch_size, generator):
+        """B chunks, uniform over all legal starts, or those in the window. -> Batch"""
+        pick = torch.randint(self.starts, (batch_size,), generator=generator,
+                             device=self.ends.device)
+        return self.batch(self.start((pick + self.first_start) % self.total_starts), generator)
 
     def batch(self, start, generator):
         """The chunks that begin at `start` (B,), with goals drawn by `generator`. -> Batch"""
@@ -200,15 +221,17 @@ class ChunkDataset:
         actions = self.actions.index_select(0, steps)  # (B n, A); quicker than self.actions[steps]
         rewards = self.rewards.index_select(0, steps).view(taken.shape) * taken  # (B, n)
         taken = taken.repeat_interleave(actions.shape[1], 1)  # (B, D)
+        states = torch.cat([start, torch.minimum(start + n, last), value_goal, actor_goal])
+        states = self.observations.index_select(0, states).unflatten(0, (4, -1))  # (4, B, O)
         return Batch(
-            observation=self.observations.index_select(0, start),
+            observation=states[0],
             # Clipped as in the published code: a tanh reaches neither end.
             chunk=actions.view(taken.shape).clamp(-1 + 1e-5, 1 - 1e-5) * taken,
             reward=(rewards * self.reward_weights).sum(1),
-            next_observation=self.observations.index_select(0, torch.minimum(start + n, last)),
+            next_observation=states[1],
             success=((ahead >= 0) & (ahead < n)).float(),
-            value_goal=self.observations[value_goal[:, None], self.columns],
-            actor_goal=self.observations[actor_goal[:, None], self.columns],
+            value_goal=states[2].index_select(1, self.columns),
+            actor_goal=states[3].index_select(1, self.columns),
             terminated=(self.terminated[k] & (start + n >= last)).float(),
             taken=taken,
         )
@@ -222,8 +245,9 @@ class ChunkDataset:
         geometric = (torch.log(u) / math.log(self.config.discount)).floor() + 1
         geometric = start + torch.minimum(geometric, left.float()).long()
         uniform = start + 1 + torch.minimum((v * left).long(), left - 1)
-        anywhere = torch.randint(len(self.observations), (len(start),), generator=generator,
+        anywhere = torch.randint(self.states, (len(start),), generator=generator,
                                  device=start.device)
+        anywhere = (anywhere + self.first_state) % len(self.observations)
         current, near, future, _ = np.cumsum(odds) / sum(odds)
         goal = torch.where(kind < future, uniform, anywhere)
         goal = torch.where(kind < near, geometric, goal)
@@ -688,13 +712,18 @@ def checked(agent, observation, goal):
 
 
 def make_dataset(arrays, columns, config, device=torch.device("cpu")):
-    """The chunk dataset of a world's `arrays` on `device`, or on the host if it would fill more
-    than half of the memory that the device has left."""
-    tensors = [*map(torch.as_tensor, arrays), torch.tensor(columns, dtype=torch.long)]
-    size = sum(tensor.nbytes for tensor in tensors)
-    if device.type == "cuda" and size > torch.cuda.mem_get_info(device)[0] / 2:
-        say(f"the dataset ({size / 1e9:.1f} GB) stays in host memory")
-        device = torch.device("cpu")
+    """The chunk dataset of a world's `arrays` on `device`, or on the host, where a batch is drawn
+    while the device works, if it would take of the device's memory what training needs."""
+    tensors = [*map(torch.as_tensor, arrays[:5]), torch.tensor(columns, dtype=torch.long)]
+    if device.type == "cuda":
+        # Of up to 3 H + 6 batches backward keeps 3 numbers a unit of its 4 layers, and N more are
+        # proposed; all that twice, for trial updates precede the graph. Seven networks have
+        # gradients, averages and their undo, six copies in all. And a GB of workspaces.
+        units = config.batch_size * (12 * (3 * config.horizon + 6) + 4 * config.candidates)
+        needed = 4 * config.width * (2 * units + 6 * 7 * 4 * config.width) + 2 ** 30
+        free = torch.cuda.mem_get_info(device)[0] - needed
+        if sum(tensor.nbytes for tensor in tensors) > free:
+            device = torch.device("cpu")
     return ChunkDataset(*(tensor.to(device) for tensor in tensors), config)
 
 
@@ -1013,10 +1042,11 @@ class Run:
     def __init__(self, config, device, world, training, validation):
         self.config, self.device = config, device
         torch.manual_seed(config.seed)
-        observations, actions = map(torch.as_tensor, training[:2])
+        observations, actions = training[:2]
         self.agent = make_agent(observations.shape[1], actions.shape[1], world.columns,
                                 share(config))
-        self.agent.normalizer.fit(observations)
+        known = training.limits is not None  # then what lies between them need not be read
+        self.agent.normalizer.fit(torch.as_tensor(training.limits if known else observations))
         self.agent.to(device)
         self.dataset, self.validation = (make_dataset(arrays, world.columns, config, device)
                                          for arrays in (training, validation))
@@ -1049,6 +1079,8 @@ class Run:
         data, noise = self.generators
 
         def sample():
+            if self.config.window:
+                self.dataset.slide_window(self.step)
             return to_device(self.dataset.sample(self.agent.config.batch_size, data), self.device)
 
         if self.device.type != "cuda":
@@ -1186,6 +1218,13 @@ def train(config, device, folder, checkpoint):
             + ("" if config.small else ", --small minutes"))
     run = Run(config, device, world, training, validation)
     run.agent.data_source = source
+    data = run.dataset
+    size = (data.observations.nbytes + data.actions.nbytes) / 1e9
+    place, memory = "GPU" if data.ends.is_cuda else "host", host_memory() / 1e9
+    say(f"data: {len(data.actions):,} states, {size:.3g} GB, kept on the {place}")
+    if place == "host" and size > memory and not config.window:
+        say(f"WARNING: its memory is {memory:.3g} GB: a batch waits for the disk, a tenth of a "
+            "second and more; --window 1000000 draws from a million states at a time")
     with Stop() as stop:
         if checkpoint:
             with must_fit(folder):
@@ -1216,7 +1255,7 @@ def train(config, device, folder, checkpoint):
 # What --resume may change. Of these the parameters at a given step depend only on `steps`, which
 # sets the length of a decay, and on `device`, whose noise is another.
 MAY_CHANGE = {"steps", "device", "log_interval", "eval_interval", "save_interval",
-              "eval_episodes", "data", "dataset_dir", "save_dir", "tensorboard"}
+              "eval_episodes", "data", "dataset_dir", "cache_dir", "save_dir", "tensorboard"}
 
 
 def parse(argv):

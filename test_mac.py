@@ -1239,6 +1239,267 @@ def test_bad_input_about_own_data(command, message, slide, tmp_path, capsys, mon
     monkeypatch.setitem(sys.modules, "h5py", None)
     if "HDF5" in message:
         assert "pip install h5py" in failing(capsys, *command.split(), "--save-dir", "run")
+# ------------------------------------------------------------------------------ shards, flat files
+
+PARTS = ((25, 12, 31), (14,), (40, 13))  # states of each shard's trajectories; n = 10
+MANY, ONE = "cube-single-play-v0-{:03}{}.npz", "cube-single-play-v0{}.npz"
+
+
+def shard(i, cube, split=0):
+    data = arrays(sum(PARTS[i]))
+    data["observations"] = data["observations"] * (i + 1) + split
+    data["actions"] *= np.float32(1 - i / 10)
+    data["terminals"] = np.isin(np.arange(sum(PARTS[i])), np.cumsum(PARTS[i]) - 1)
+    cube.env.reset()  # some of the rewards are those of a success
+    data["qpos"][i::7, 14:17] = cube.env.unwrapped._data.mocap_pos[0]
+    return data
+
+
+@pytest.fixture
+def shards(tmp_path, cube, monkeypatch):
+    """A folder of three shards, the second without validation, and one of them in a single file;
+    what is read of them is laid down in this process."""
+    folders = tmp_path / "many", tmp_path / "one"
+    for split, suffix in enumerate(("", "-val")):
+        parts = {i: shard(i, cube, split) for i in range(3) if not (split and i == 1)}
+        for folder in folders:
+            folder.mkdir(exist_ok=True)
+        for i, data in parts.items():
+            np.savez(folders[0] / MANY.format(i, suffix), **data)
+        np.savez(folders[1] / ONE.format(suffix), **{
+            key: np.concatenate([data[key] for data in parts.values()]) for key in parts[0]})
+    np.savez(folders[0] / "cube-single-play-v0-collected1.npz", nothing=0)  # of another data set
+    monkeypatch.setattr(world, "cores", lambda: 0)
+    return folders
+
+
+def flat(folder, env_id=SINGLE, cache_dir=""):
+    found = world.find_world(env_id)
+    found.cache_dir = str(cache_dir)
+    return found.data(found.find(folder, 0)[0])
+
+
+def same(some, others):
+    return all(np.array_equal(a, b) and a.dtype == b.dtype
+               for pair in zip(some, others) for a, b in zip(*pair))
+
+
+@pytest.fixture
+def files_read(monkeypatch):
+    """The names of the files of which more than the number of rows is read."""
+    names, read = [], world.read_data
+    monkeypatch.setattr(world, "read_data",
+                        lambda path, widths: (names.append(path.name), read(path, widths))[1])
+    return names
+
+
+def test_ragged_shards_are_one_data_set(shards, cube, monkeypatch):
+    monkeypatch.undo()  # in processes
+    (training, validation), one = flat(shards[0]), flat(shards[1])
+    assert same((training, validation), one) and len(validation.ends) == 5
+    parts = [shard(i, cube) for i in range(3)]
+    states, actions = (np.concatenate([part[key] for part in parts])
+                       for key in ("observations", "actions"))
+    rewards = []
+    for part in parts:
+        from ogbench.relabel_utils import relabel_dataset
+        relabel_dataset(SINGLE, cube.env, part)
+        rewards.extend(part["rewards"])
+    assert np.array_equal(training.observations, states) and len(set(rewards)) == 2
+    assert np.array_equal(training.actions, actions) and np.array_equal(training.rewards, rewards)
+    lengths = sum(PARTS, ())
+    assert training.ends.tolist() == (np.cumsum(lengths) - 1).tolist()
+    assert np.array_equal(training.limits, [states.min(0), states.max(0)])
+    data, n = mac.make_dataset(training, [19, 21], config(chunk=10)), 10
+    starts = [end - length + i for end, length in zip(np.cumsum(lengths), lengths)
+              for i in range(length - n)]
+    assert data.total_starts == len(starts)
+    assert data.start(torch.arange(len(starts))).tolist() == starts
+    batch = data.batch(torch.tensor(starts), generator())
+    for row, t in enumerate(starts):
+        assert np.array_equal(batch.observation[row], states[t])
+        assert np.array_equal(batch.next_observation[row], states[t + n])
+        assert np.allclose(batch.chunk[row], actions[t:t + n].flatten(), atol=1e-5)
+        assert np.isclose(batch.reward[row], 0.9 ** np.arange(n) @ rewards[t:t + n] / n)
+        value, actor = (np.flatnonzero((states[:, [19, 21]] == goal[row].numpy()).all(1))
+                        for goal in (batch.value_goal, batch.actor_goal))
+        last = training.ends[np.searchsorted(training.ends, t)]
+        assert batch.success[row] == (t <= value[0] < t + n) and len(value) == 1
+        assert t < actor[0] <= last
+    run = mac.Run(config(chunk=10), torch.device("cpu"), cube, training, validation)
+    middle, half = (states.max(0) + states.min(0)) / 2, (states.max(0) - states.min(0)) / 2
+    assert np.allclose(run.agent.normalizer.middle, middle)
+    assert np.allclose(run.agent.normalizer.scale, half + 1e-3)
+    before = run.dataset.sample(50, generator())  # the second id of a data set adds no rewards
+    rewardless = flat(shards[0], "cube-single-play-v0")[0]
+    assert not rewardless.rewards.any() and np.array_equal(rewardless.actions, actions)
+    again = mac.make_dataset(flat(shards[0])[0], [], config(chunk=10)).sample(50, generator())
+    assert all(torch.equal(a, b) for a, b in zip(before, again))
+
+
+def test_runs_on_shards_with_or_without_a_window_resume_to_the_bits_of_one_file(
+        shards, tmp_path, one_environment, capsys):
+    for more in ([], ["--window", "30"]):
+        command = ["--env", SINGLE, "--width", "16", "--batch-size", "8", "--eval-interval", "0",
+                   "--device", "cpu", *more]
+        folders = [tmp_path / f"{name}{len(more)}" for name in ("one", "many")]
+        for data, folder, steps in ((1, 0, 9), (0, 1, 4), (0, 1, 9)):
+            assert mac.main([*command, "--dataset-dir", str(shards[data]), "--steps", str(steps),
+                             "--save-dir", str(folders[folder]), "--resume"]) == 0
+        assert fingerprint(folders[0]) == fingerprint(folders[1])
+        assert "data: 135 states, 1.78e-05 GB, kept on the host" in capsys.readouterr().out
+    assert fingerprint(tmp_path / "one0") != fingerprint(tmp_path / "one2")
+    assert "--window: this run has 30, not 31" in failing(
+        capsys, *command[:-1], "31", "--resume", "--save-dir", str(folders[1]))
+    mac.load_checkpoint(folders[1])
+
+
+def test_laying_down_goes_on_where_it_was_killed(shards, files_read, monkeypatch):
+    sync, count = os.fsync, iter(range(100))
+
+    def killed(number):
+        if next(count) == 8:  # of six arrays and marks per file
+            raise KeyboardInterrupt
+        sync(number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", killed)
+        with pytest.raises(KeyboardInterrupt):
+            flat(shards[0])
+    assert files_read == [MANY.format(0, ""), MANY.format(1, "")]
+    del files_read[:]
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:  # three at once: two of them wait
+        results = list(pool.map(flat, [shards[0]] * 3))
+    assert files_read == [MANY.format(*of) for of in ((1, ""), (2, ""), (0, "-val"), (2, "-val"))]
+    one = flat(shards[1])
+    with monkeypatch.context() as patch:  # another start reads none of them
+        patch.setattr(world, "read_npz", None)
+        assert all(same(result, one) for result in [*results, flat(shards[0])])
+
+
+def test_changed_and_fewer_shards_are_laid_down_anew(shards, cube):
+    before, first = flat(shards[0])[0], shards[0] / MANY.format(0, "")
+    copy = np.array(before.observations)
+    for change in ("same rows", "other rows", "one less"):
+        data = shard(0, cube)
+        if change == "same rows":
+            data["actions"] /= 2
+        if change == "other rows":
+            data = {key: array[25:] for key, array in data.items()}
+        if change == "one less":
+            (shards[0] / MANY.format(2, "")).unlink()
+        np.savez(first, **data)
+        parts = [np.load(file) for file in world.data_files(shards[0] / ONE.format(""))[0]]
+        training, _ = flat(shards[0])
+        for key in ("observations", "actions"):
+            assert np.array_equal(getattr(training, key), np.concatenate([p[key] for p in parts]))
+        assert training.ends[-1] + 1 == sum(len(part["actions"]) for part in parts)
+    assert np.array_equal(before.observations, copy)  # what another run has mapped stays
+    assert len(list(shards[0].rglob("observations.npy"))) == 2  # and takes no disk after it
+    next(shards[0].rglob("observations.npy")).unlink()  # to make room, but not its marks
+    flat(shards[0], SINGLE.replace("v0", "task1-v0"))
+    assert np.array_equal(flat(shards[0])[0].observations, training.observations)
+
+
+def test_a_full_disk_and_a_folder_without_permission_are_one_line(shards, tmp_path, monkeypatch):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    mine = {file: file.read_bytes() for file in shards[0].iterdir()}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with pytest.raises(world.MacError, match="cannot .*many/flat.*: File too large"):
+            flat(shards[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for module, name, function in (
+            (shutil, "disk_usage", lambda _: types.SimpleNamespace(free=100)), (os, "fsync", full)):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, function)
+            with pytest.raises(world.MacError, match="No space left on device; --cache-dir"):
+                flat(shards[0])
+
+    def forbidden(folder, **_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world, "lock", forbidden)
+        with pytest.raises(world.MacError, match="cannot lay .*many/flat.*: Permission denied; "
+                                                 "--cache-dir names another place"):
+            flat(shards[0])
+    result = flat(shards[0], cache_dir=tmp_path / "cache")
+    assert same(result, flat(shards[0])) and same(flat(shards[1], cache_dir=tmp_path / "cache"),
+                                                  result)  # each has a folder in it
+    assert all(file.read_bytes() == data for file, data in mine.items())
+
+
+def test_shards_without_validation_are_refused(shards, cube):
+    for file in shards[0].glob("*-val.npz"):
+        file.unlink()
+    with pytest.raises(world.MacError, match="000.npz: cube-single-play-v0-000-val.npz is not"):
+        cube.find(shards[0], 0)
+
+
+def test_a_window_slides_through_all_data_in_order():
+    data = hand_made((40, 2, 30, 50), chunk=3, window=20, value_goals=(0, 0, 0, 1))
+    assert data.total_starts == 37 + 27 + 47
+    legal = [i for i in range(122) if i + 3 < 40 or 42 <= i < 69 or 72 <= i < 119]
+    seen = set()
+    for step in (0, 1000, 1025, 2000, 2900, 3000, 4000, 5000, 5550):
+        data.slide_window(step)
+        first = step * 20 // 1000 % len(legal)
+        batch = data.sample(2000, generator(step))
+        rows = set(batch.observation[:, 0].int().tolist())
+        assert rows == {(legal * 2)[first + i] for i in range(20)}
+        goals = set(batch.value_goal[:, 0].int().tolist())
+        assert goals == {(legal[first] + i) % 122 for i in range(20)}
+        seen |= rows if step % 1000 == 0 else set()
+    assert seen == set(legal)
+    data = hand_made(window=10 ** 9)
+    data.slide_window(7)
+    assert (data.sample(2000, generator()).observation.unique().numel() == data.total_starts)
+
+
+def test_nothing_is_kept_per_row_and_data_stay_on_the_host_if_a_gpu_has_no_room(monkeypatch):
+    rows = 2 ** 40  # one number, seen as 4 TB
+    states, rewards = torch.zeros(1, 1).expand(rows, 1), torch.zeros(1).expand(rows)
+    arrays = (states, states, torch.arange(1, 5) * (rows // 4) - 1, rewards,
+              torch.zeros(4, dtype=torch.bool))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (80e9, 80e9))
+    data = mac.make_dataset(arrays, [0], config(), torch.device("cuda"))
+    assert data.sample(5, generator()).observation.shape == (5, 1)
+    agent = mac.Agent(1, 1, [0], config())
+    assert world.model_error(agent, data, 6)[-1][0] == 6
+
+
+def test_a_large_collection_is_in_shards_that_are_collected_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(world, "COLLECTED_EPISODES", 20)
+    jobs, wait = [], []
+
+    def collect(given, workers):
+        if len(wait) == 2:
+            raise KeyboardInterrupt
+        wait.append(0)
+        jobs.append([seeds for *_, seeds in given])
+        for file, _, (_, split, i) in given:
+            world.write_npz(file, {"x": np.full(2, split * 100 + i)})
+
+    monkeypatch.setattr(world, "collect_episodes", collect)
+    path = tmp_path / "data.npz"
+    with pytest.raises(KeyboardInterrupt):
+        world.collect_data(path, "any", 45)
+    assert [p.name for p in world.data_files(path)[0]] == ["data-000.npz", "data-001.npz"]
+    del wait[:]
+    for _ in range(2):  # the second time there is nothing to do
+        world.collect_data(path, "any", 45)
+    assert jobs == [[(0, 0, i) for i in range(a // 10, max(b // 10, a // 10 + 1))]
+                    + [(0, 1, i) for i in range(a, b)] for a, b in ((0, 20), (20, 40), (40, 45))]
+    training, validation = world.data_files(path)
+    assert len(training) == len(validation) == 3 and len(list(tmp_path.iterdir())) == 7
+    x = np.concatenate([np.load(file)["x"] for file in training])
+    assert x.tolist() == np.repeat(100 + np.arange(45), 2).tolist()
 
 
 # ------------------------------------------------------------------------------ worlds, settings
@@ -1483,7 +1744,7 @@ def test_the_readmes_policy_outcome_and_world_from_a_file_of_ones_own(tmp_path, 
         assert type(agent.policy) is mine.Smooth and type(agent.outcome) is mine.Near
         assert world.main([str(tmp_path / "run"), "--episodes", "3"]) == 0
     assert "overall" in capsys.readouterr().out
-    states, actions, ends, rewards, _ = mine.Line().data(pathlib.Path("line.npz"))[0]
+    states, actions, ends, rewards, *_ = mine.Line().data(pathlib.Path("line.npz"))[0]
     assert len(states) == len(actions) == len(rewards) == ends[-1] + 1
     simulator = mine.Line()
     simulator.reset(simulator, 1, 0)
@@ -1732,7 +1993,8 @@ def test_flops_per_update_against_a_hand_count(capsys):
 def test_cuda_graph_agrees_with_eager_updates(goal, host, settings):
     """Through a warmup and after it, with a changing learning rate and validation in between."""
     device, results, data = torch.device("cuda"), [], chunk_data(goal)
-    given = [data.observations, data.actions, data.ends, data.rewards, data.terminated]
+    given = world.Trajectories(data.observations, data.actions, data.ends, data.rewards,
+                               data.terminated)
     for graphed in (False, True):
         tiny, columns = config(batch_size=16, **settings), list(range(goal))
         run = mac.Run(tiny, device, types.SimpleNamespace(sizes=(4, 2), columns=columns), given,
