@@ -175,9 +175,9 @@ OGBENCH_IDS = {"-".join(words) + variant + "-v0" for pattern in DATASETS for var
 class Trajectories(NamedTuple):
     """Logged trajectories, laid end to end."""
 
-    observations: np.ndarray  # (T, O)
+    observations: np.ndarray  # (T, O); this and what follows float32
     actions: np.ndarray  # (T, A) in [-1, 1]; that of a trajectory's last state is never used
-    ends: np.ndarray  # (K,) index of each trajectory's last state, ascending
+    ends: np.ndarray  # (K,) int64 index of each trajectory's last state, ascending
     rewards: np.ndarray  # (T,) of the actions; zeros where goals take their place
     terminated: np.ndarray  # (K,) where the task ended in that state, not just the recording
     limits: np.ndarray = None  # (2, O) minimum and maximum of the observations, where known
@@ -655,23 +655,25 @@ def read_episodes(path, observation_size, action_size, low, high):
         more = arrays["observations"].shape[:1] == (count + 1,)
         states = read("observations", count + more, observation_size)
         rewards = read("rewards", count)
-        following = states[1:] if more else (
-            read("next_observations", *states.shape) if "next_observations" in arrays else None)
+        following = states[1:] if more else None
+        if not more and "next_observations" in arrays:
+            following = read("next_observations", *states.shape)
         ended, stopped = (np.any([np.zeros(count), *(read(key, count) for key in keys
                                                      if key in arrays)], axis=0)
                           for keys in (TERMINALS, TIMEOUTS))
         if not count or not (more or (ended | stopped).any()):
-            raise MacError(f"{path}: no episode ends in it; 'terminals' is to be set where the "
-                           "task ended, 'timeouts' where the recording stopped")
-        begin = 0
+            raise MacError(f"{path}: no episode ends in {group or 'it'}; 'terminals' is to be set "
+                           "where the task ended, 'timeouts' where the recording stopped")
+        if more and (ended | stopped)[:-1].any():
+            raise MacError(f"{path}: {group}observations has a row more than actions, which only "
+                           "a single episode may have")
+        begin, known = 0, following is not None
         for end in np.unique([*np.flatnonzero(ended | stopped), count - 1]) + 1:
-            if following is None:
-                lost += ended[end - 1]
-                episodes.append((states[begin:end], actions[begin:end - 1], rewards[begin:end - 1],
-                                 False))
-            else:
-                episodes.append((np.concatenate([states[begin:end], following[end - 1:end]]),
-                                 actions[begin:end], rewards[begin:end], ended[end - 1]))
+            rows = slice(begin, end if known else end - 1)
+            last = (following if known else states)[end - 1:end]
+            episodes.append((np.concatenate([states[rows], last]), actions[rows], rewards[rows],
+                             known and ended[end - 1]))
+            lost += ended[end - 1] and not known
             begin = end
     if lost:
         say(f"WARNING: {path} has no next_observations: the last states of {lost} episodes that "
@@ -690,8 +692,8 @@ def read_hdf5(path):
         with h5py.File(path) as file:
             names = [name for name in file if re.fullmatch(r"episode_\d+", name)]
             groups = {f"{name}/": {} for name in sorted(names, key=lambda name: int(name[8:]))}
-            for group, arrays in (groups or {"": {}}).items():
-                groups[group] = arrays
+            groups = groups or {"": {}}
+            for group, arrays in groups.items():
                 for name in OWN_KEYS:
                     if isinstance(file.get(group + name), h5py.Group):
                         raise MacError(f"{path}: {group}{name} is a group, as of a Dict space; only "
@@ -700,7 +702,7 @@ def read_hdf5(path):
                         arrays[name] = file[group + name][()]
             return groups
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        raise MacError(f"cannot read {path} as HDF5: {name}: {error}") from error
+        raise MacError(f"cannot read {path} as HDF5 ({name}: {error})") from error
 
 
 def join(episodes):
@@ -960,11 +962,18 @@ def headline(row):
 
 # -------------------------------------------------------------------------------------- report
 
+def check_simulator(run, world):
+    """Raises MacError if there is none."""
+    if not world.tasks:
+        raise MacError(f"{run}: there is no simulator to play in")
+
+
 def evaluate(run, agent, args):
     """Play episodes, print the table. -> the dictionary that --json writes"""
     config, world = agent.config, agent.config.world
-    if not world.tasks:
-        raise MacError(f"{run}: there is no simulator to play in")
+    if args.video:
+        world.pixels = args.video_size
+    check_simulator(run, world)
     execute = min(args.execute or config.execute, config.chunk)
     candidates = args.candidates or config.eval_candidates
     episodes = args.episodes or config.eval_episodes
@@ -975,7 +984,6 @@ def evaluate(run, agent, args):
             frames[episode.task].append(episode.env.render())
 
     if args.video:
-        world.pixels = args.video_size
         world.reset(world.env, world.tasks[0], args.seed)
         world.env.render()  # an error now rather than after the first chunk
     results = Evaluator(world).play(agent, episodes, args.seed, execute, candidates, record)
@@ -1047,7 +1055,8 @@ def compare_model_errors(mac, args):
         shown = [point for point in curve[1:] if point[0] % 25 == 0] or curve[1:]
         say(f"n = {n}, {run}:", ", ".join(f"{s} steps {e:.4g}" for s, e in shown))
         if agent.config.terminations:
-            batch = agent.normalize(dataset.sample(10_000, torch.Generator().manual_seed(0)))
+            generator = torch.Generator().manual_seed(0)
+            batch = agent.fill(agent.normalize(dataset.sample(10_000, generator)), generator)
             ended = batch.terminated
             _, masks = agent.outcome.predict(batch.observation, batch.chunk, batch.value_goal)
             right = [(masks != ended)[ended == case].float() for case in (1, 0)]
@@ -1074,8 +1083,10 @@ def reach(agent, dataset, distance, count=5000):
     start = torch.randint(len(dataset.observations), (count,), generator=generator)
     if not len(agent.columns):
         rises = 1 + (dataset.rewards[1:] > dataset.rewards[:-1]).nonzero()[:, 0]
-        start = rises[torch.randint(max(1, len(rises)), (count * bool(len(rises)),),
-                                    generator=generator)] - distance
+        rises = rises[~torch.isin(rises - 1, ends)]
+        if not len(rises):
+            return None
+        start = rises[torch.randint(len(rises), (count,), generator=generator)] - distance
     last = ends[torch.searchsorted(ends, start)]
     fits = (start >= 0) & (start + max(distance + 1, agent.config.chunk) <= last)
     if not fits.any():
@@ -1097,26 +1108,24 @@ def compare_reach(mac, args):
     agent = mac.load(args.runs[0])
     n, gamma, (world, path) = agent.config.chunk, agent.config.discount, data_of(agent, args)
     dataset = mac.make_dataset(world.data(path)[1], agent.columns.tolist(), agent.config)
-    chunk_discount, goals = gamma ** n, len(agent.columns) > 0
-    scale = 1.0 if goals else dataset.reward_weights.sum().item()  # of a chunk's reward
-    rows = []
+    goals, rows, never = len(agent.columns) > 0, [], -1 / (1 - gamma ** n)
+    names = ("steps", "V", "Q", "success", "ideal") if goals else ("steps", "V", "Q", "reward")
     for distance in (0, 10, 20, 30, 50, 70, 100, 150, 200, 300, 400):
         numbers = reach(agent, dataset, distance)
-        if numbers:
-            ideal = -(1 - chunk_discount ** (distance // n)) / (1 - chunk_discount)
-            rows.append((distance, *numbers, ideal * scale))
-    never = -scale / (1 - chunk_discount)
+        if numbers:  # ideal is known of goals alone: -1 a chunk until it is met
+            ideal = (never * (1 - gamma ** (distance // n * n)),) if goals else ()
+            rows.append((distance, *numbers, *ideal))
     begins = {}
     for task in world.tasks:
         given = [mac.checked(agent, *world.reset(world.env, task, seed)) for seed in range(10)]
         observation, goal = (torch.cat(tensors) for tensors in zip(*given))
         begins[task] = agent.value(agent.normalizer(observation),
                                    agent.normalizer(goal, agent.columns)).mean().item()
-    names = ("steps", "V", "Q", "success" if goals else "reward", "ideal")
     text = "".join(",".join(map(str, row)) + "\n" for row in [names, *rows])
     write(pathlib.Path(args.runs[0]) / "reach.csv", text.encode())
     what = "a goal" if goals else "a rise of the reward"
-    say(f"validation states some steps before {what}; \"never\" is worth {never:.2f}")
+    say(f"validation states some steps before {what}"
+        + (f'; "never" is worth {never:.2f}' if goals else ""))
     say("".join(f"{name:>9}" for name in names))
     for row in rows:
         say(f"{row[0]:9}" + "".join(f"{number:9.2f}" for number in row[1:]))
@@ -1128,7 +1137,8 @@ def compare_reach(mac, args):
         for index, name in enumerate(names[1:], 1):
             panels[int(index == 3)].plot([row[0] for row in rows], [row[index] for row in rows],
                                          "k--" if name == "ideal" else ".-", label=name)
-        panels[0].axhline(never, color="gray", linestyle=":", label="never")
+        if goals:
+            panels[0].axhline(never, color="gray", linestyle=":", label="never")
         for task, value in begins.items():
             panels[0].axhline(value, xmin=0.96, color="C3", label="tasks' starts" * (task == 1))
         for panel in panels:
@@ -1154,6 +1164,7 @@ def compare_imagination(mac, args, steps=100):
     frames, film, count = [], args.imagine.endswith(".gif"), max(1, steps // n)
     if film:
         world.pixels = args.video_size
+    check_simulator(args.runs[0], world)
     env = world.env
     observation, goal = mac.checked(agent, *world.reset(env, world.tasks[0], args.seed))
     rollout = agent.imagine(normal(observation), normal(goal, agent.columns),
@@ -1269,7 +1280,7 @@ def parse(argv):
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of played episodes")
     add("--video", metavar="OUT.gif", help="the first episode of each task")
     add("--video-size", type=number(int, 16, 2000), default=400, metavar="PIXELS",
-        help="of a film's side (default: 400)")
+        help="of the side of an OGBench film (default: 400)")
     add("--json", metavar="OUT.json", help="write the numbers of one run")
     add("--imagine", metavar="OUT", help="instead of playing the next 100 steps as the simulator "
         "and as the model has them: curves (.png) or a film (.gif)")
@@ -1279,7 +1290,7 @@ def parse(argv):
     add("--reach", action="store_true", help="instead of playing print how far ahead V sees")
     add("--model-error-steps", type=positive, metavar="STEPS", default=100,
         help="how far to replay (default: 100)")
-    add("--dataset-dir", help="for --model-error and --imagine, if it has moved")
+    add("--dataset-dir", help="for --model-error, --reach and --imagine, if the data have moved")
     args = parser.parse_args(argv)
     plays = not (args.model_error or args.reach or args.imagine or args.plot is not None)
     if (args.json or args.video) and not plays:

@@ -169,17 +169,18 @@ class ChunkDataset:
 
     def __init__(self, observations, actions, ends, rewards, terminated, columns, config):
         self.observations, self.actions, self.rewards = observations, actions, rewards
-        self.ends, self.terminated, self.columns, self.config = ends, terminated, columns, config
+        self.ends, self.columns, self.config = ends, columns, config
+        self.terminated = terminated & config.terminations
         begins = F.pad(ends[:-1] + 1, (1, 0))
         # A chunk may start wherever n actions and a state follow, the last such place included;
-        # where the task ended, in its last n - 1 states too: zeros follow the actions taken.
-        self.last_starts = ends - torch.where(terminated, 1, config.chunk)  # (K,)
+        # where the task ended, in its last n - 1 states too: `taken` says how far the chunk got.
+        self.last_starts = ends - torch.where(self.terminated, 1, config.chunk)  # (K,)
         count = (self.last_starts - begins + 1).clamp(min=0)  # (K,) starts of each trajectory
         self.starts_up_to = count.cumsum(0)  # (K,) in this trajectory and those before it
         self.total_starts = int(self.starts_up_to[-1])
         if not self.total_starts:
-            raise MacError(f"no trajectory is longer than a chunk ({config.chunk} actions): try a "
-                           "smaller --chunk")
+            raise MacError("no trajectory of the training or of the validation data has the "
+                           f"{config.chunk} actions of a chunk: try a smaller --chunk")
         self.first_start, self.starts = 0, self.total_starts  # what is drawn from: all of them
         self.first_state, self.states = 0, len(observations)  # and these as random goals
         if config.window:
@@ -313,11 +314,11 @@ class RewardModel(MLP):
 
 
 class TerminationModel(MLP):
-    """Predicts a chunk's reward and whether the task ends within it, as does the rollout then.
+    """Predicts a chunk's reward and whether the task ends within it: there the rollout ends, too.
     For data with such ends; the published code has no such model."""
 
     def __init__(self, inputs, outputs, width):
-        super().__init__(inputs, 2, width)
+        super().__init__(inputs, 2, width)  # a reward and a logit
 
     def loss(self, batch):
         reward, logit = self(batch.observation, batch.chunk, batch.value_goal).unbind(-1)
@@ -466,6 +467,13 @@ class Agent(nn.Module):
             value_goal=self.normalizer(batch.value_goal, self.columns),
             actor_goal=self.normalizer(batch.actor_goal, self.columns))
 
+    @torch.no_grad()
+    def fill(self, batch, generator):
+        """Zeros after the actions taken would tell the models that the task ended; proposals of
+        the policy take their place, which is what the models are asked about in rollouts."""
+        proposal = self.policy.propose(batch.observation, batch.actor_goal, generator)
+        return batch._replace(chunk=torch.where(batch.taken == 1, batch.chunk, proposal))
+
     def next_observation(self, observation, chunk):
         """The model's s_{t+n}: (..., O), (..., D) -> (..., O)"""
         return observation + self.dynamics(observation, chunk)
@@ -525,6 +533,8 @@ class Agent(nn.Module):
         """All losses of a raw batch, which are added with weight one, and the rollout, which is
         None during the warmup: neither V nor Q is trained there."""
         batch, rollout, value_losses = self.normalize(batch), None, {}
+        if self.config.terminations:
+            batch = self.fill(batch, generator)
         if not warmup:
             first = slice(self.config.rollout_batch_size or None)  # 0: the whole batch
             rollout = self.imagine(batch.observation[first], batch.value_goal[first], generator)
@@ -972,11 +982,12 @@ def gathered(value):
 
 def share(config):
     """The configuration of one process, whose batches are its part. Raises MacError."""
-    whole = {name: getattr(config, name) for name in ("batch_size", "rollout_batch_size")}
-    if any(size % PROCESSES for size in whole.values()):
-        raise MacError(f"{PROCESSES} processes cannot divide --batch-size {config.batch_size} and "
-                       f"--rollout-batch-size {config.rollout_batch_size} evenly")
-    return dataclasses.replace(config, **{name: whole[name] // PROCESSES for name in whole})
+    batch, rollout = config.batch_size, config.rollout_batch_size
+    if batch % PROCESSES or rollout % PROCESSES:
+        raise MacError(f"{PROCESSES} processes cannot divide --batch-size {batch} and "
+                       f"--rollout-batch-size {rollout} evenly")
+    return dataclasses.replace(config, batch_size=batch // PROCESSES,
+                               rollout_batch_size=rollout // PROCESSES)
 
 
 def average_gradients(optimizer):
@@ -994,7 +1005,7 @@ def average_gradients(optimizer):
 
 class Stop:
     """While open, SIGINT, SIGTERM and what schedulers send before they kill, SIGHUP and SIGUSR1,
-    ask for a stop (`stop()` turns true); a second one ends the process at once."""
+    ask for a stop (`stop()` turns true); a second one ends a single process at once."""
 
     def __enter__(self):
         self.signal, self.before = None, {}
@@ -1043,6 +1054,7 @@ class Run:
         self.config, self.device = config, device
         torch.manual_seed(config.seed)
         observations, actions = training[:2]
+        # The agent's configuration is this process's share of every batch, the run's the whole.
         self.agent = make_agent(observations.shape[1], actions.shape[1], world.columns,
                                 share(config))
         known = training.limits is not None  # then what lies between them need not be read
@@ -1058,8 +1070,8 @@ class Run:
 
     def restore(self, state):
         """Continue from a checkpoint. More --steps than it was made with do not make the warmup
-        longer; on another device than it was made on, or in a process more than it was made by, a
-        random stream begins anew."""
+        longer; on another device than it was made on, or by more processes than made it, a random
+        stream begins anew."""
         for name, fitted in self.agent.normalizer.state_dict().items():
             if not torch.equal(fitted.cpu(), state["agent"][f"normalizer.{name}"]):
                 raise MacError("the data are not those of this run: check --dataset-dir")
@@ -1196,6 +1208,7 @@ def train(config, device, folder, checkpoint):
     """Train in `folder` until `config.steps`, a signal or an error. -> exit status"""
     world = config.world
     folder_of_data = home(config.dataset_dir, "--dataset-dir")
+    # Only process 0 looks, which may mean to download or to collect.
     found = None if RANK else world.find(folder_of_data, config.collect)
     path, source, config.collect = gathered(found)[0]
     training, validation = world.data(path)
@@ -1232,7 +1245,7 @@ def train(config, device, folder, checkpoint):
         if config.tensorboard and RANK == 0:
             run.writer = open_tensorboard(folder, run.step)
         if not checkpoint:
-            run.save(folder)  # so that whatever else is in the folder of a run, this is
+            run.save(folder)  # first, so that the folder of a run always holds a checkpoint
         if RANK == 0:
             cut_log(folder / "train.csv", lambda step: step <= run.step)
             cut_log(folder / "eval.csv", lambda step: step < run.step)
@@ -1296,7 +1309,7 @@ def resumed(saved, config, given):
         before, now = saved["config"][name], getattr(config, name)
         if name in MAY_CHANGE:
             saved["config"][name] = now
-        elif before != now:
+        elif before != now and name not in ("terminations", "collect"):  # which data may change
             raise MacError(f"--{name.replace('_', '-')}: this run has {before}, not {now}; "
                            "leave the flag out or use another --save-dir")
     if saved["step"] > saved["config"]["steps"]:

@@ -974,7 +974,7 @@ def test_own_files_hold_the_same_episodes_however_written(form, tmp_path, capsys
 def test_chunks_at_the_ends_of_episodes_by_brute_force(n, tmp_path):
     episodes = world.read_episodes(own_file("npz", tmp_path), 3, 2, LOW, HIGH)
     joined = world.join(episodes)
-    data = mac.make_dataset(joined, [], config(chunk=n, chunk_reward="sum"))
+    data = mac.make_dataset(joined, [], config(chunk=n, chunk_reward="sum", terminations=True))
     begin, starts = 0, []
     for states, actions, rewards, ended in episodes:
         length = len(actions)
@@ -1034,6 +1034,27 @@ def test_losses_do_not_see_actions_that_were_not_taken():
     policy = mac.GaussianPolicy(2, 1, 4, config())
     changed = batch._replace(chunk=torch.where(batch.taken == 1, batch.chunk, 0.9))
     assert policy.loss(batch, None)["likelihood"] == policy.loss(changed, None)["likelihood"]
+
+
+def test_models_are_not_told_of_an_end_by_what_follows_it():
+    torch.manual_seed(0)
+    agent, seen = mac.make_agent(4, 2, [], config(terminations=True)), {}
+    batch = chunk_data(0).sample(9, generator())
+    taken = torch.arange(6) < torch.arange(9)[:, None]
+    batch = batch._replace(taken=taken.float(), chunk=batch.chunk * taken)
+    agent.model_losses = lambda batch: seen.update(chunk=batch.chunk) or {}
+    agent.losses(batch, generator(1), warmup=True)
+    proposal = agent.policy.propose(agent.normalizer(batch.observation), batch.actor_goal,
+                                    generator(1))
+    assert torch.equal(seen["chunk"], torch.where(taken, batch.chunk, proposal))
+    agent.config.terminations = False
+    agent.losses(batch, generator(1), warmup=True)
+    assert torch.equal(seen["chunk"], batch.chunk)
+    ends, ended = torch.tensor([5, 9]), torch.tensor([True, False])
+    data = torch.zeros(10, 1), torch.zeros(10, 1), ends, torch.zeros(10), ended, torch.tensor([])
+    counts = [mac.ChunkDataset(*data, config(terminations=kind)).total_starts
+              for kind in (True, False)]
+    assert counts == [5 + 1, 3 + 1]  # of 5 and 3 actions: with padded chunks and without
 
 
 def test_a_termination_ends_the_imagined_rollout():
@@ -1175,6 +1196,7 @@ def test_data_without_a_simulator(env, tmp_path, capsys, monkeypatch):
     assert mac.load(run).act(np.zeros(3)).shape == (3, 2)
     assert not pathlib.Path(run, "eval.csv").exists()
     assert "no simulator" in failing(capsys, run, main=world.main)
+    assert "no simulator" in failing(capsys, run, "--imagine", "x.png", main=world.main)
     assert mac.main([*command, "6", "--resume"]) == 0
 
 
@@ -1183,6 +1205,8 @@ BAD_OWN = {
     "no ends": (lambda d: [d.pop("terminals"), d.pop("timeouts")], "no episode ends in it"),
     "ends not set": (lambda d: d.update(terminals=d["terminals"] * 0, timeouts=d["timeouts"] * 0),
                      "no episode ends in it"),
+    "a row more": (lambda d: d.update(observations=np.r_[d["observations"], [[0, 0, 0]]]),
+                   "observations has a row more than actions"),
     "lengths": (lambda d: d.update(rewards=d["rewards"][:-1]), "rewards has shape (19,)"),
     "next": (lambda d: d.update(next_observations=d["next_observations"][:, :1]),
              "next_observations has shape (20, 1)"),
@@ -1198,7 +1222,7 @@ BAD_OWN = {
     "one episode": (lambda d: d.update({key: array[:5] for key, array in d.items()}),
                     "1 episodes (.npz, .hdf5 or .h5); there must be at least two"),
     "short": (lambda d: d.update(own_data([(1, "timeouts")] * 9)[1]),
-              "no trajectory is longer than a chunk"),
+              "no trajectory of the training"),
 }
 
 
@@ -1876,7 +1900,7 @@ def test_model_error_against_a_plain_loop(trained, data_dir):
 def test_reach_is_measured_at_that_distance_within_a_trajectory(goal, distance):
     data, columns = hand_made(), torch.arange(goal)
     data.columns, data.rewards = columns, torch.zeros(28)
-    data.rewards[[8, 14, 21, 22]] = torch.tensor([-1.0, 1, 1, 2])  # it rises at 9, 14, 21 and 22
+    data.rewards[[8, 14, 21, 22]] = torch.tensor([-1.0, 1, 1, 2])  # it rises at 14, 21, 22
     outcome = lambda s, chunk, g: (s[:, 0], (s[:, 0] % 2 == 0).float())  # noqa: E731
     agent = types.SimpleNamespace(
         columns=columns, config=data.config, normalize=lambda batch: batch,
@@ -1886,7 +1910,7 @@ def test_reach_is_measured_at_that_distance_within_a_trajectory(goal, distance):
     result = world.reach(agent, data, distance)
     starts = [t for t in range(28) if max(t + distance + 1, t + 3) in trajectory_of(t)]
     if not goal:
-        starts = [t - distance for t in (9, 14, 21, 22) if t - distance in starts]
+        starts = [t - distance for t in (14, 21, 22) if t - distance in starts]
     if not starts:
         assert result is None
         return
@@ -2539,7 +2563,7 @@ def test_a_run_folder_is_neither_overwritten_nor_shared(trained, data_dir, capsy
     ("--save-dir /proc", "cannot use /proc/.lock: "),
     ("--save-dir ~no-such-user/run", "no home folder for ~no-such-user/run: set --save-dir"),
     ("--dataset-dir ~no-such-user", "no home folder for ~no-such-user: set --dataset-dir"),
-    ("--chunk 1001", "no trajectory is longer than a chunk"), ("--width 1000000", "memory"),
+    ("--chunk 1001", "no trajectory of the training"), ("--width 1000000", "memory"),
     ("--dataset-dir /dev/null", "--dataset-dir /dev/null: that is a file"),
     ("--env antmaze-large-navigate-v0 --collect 3", "no scripted policy"),
     ("--resume --steps", "expected one argument"),
