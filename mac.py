@@ -722,17 +722,12 @@ def checked(agent, observation, goal):
 
 
 def make_dataset(arrays, columns, config, device=torch.device("cpu")):
-    """The chunk dataset of a world's `arrays` on `device`, or on the host, where a batch is drawn
-    while the device works, if it would take of the device's memory what training needs."""
+    """The chunk dataset of Trajectories on `device`, or on the host, where a batch is drawn while
+    the device works, if it would fill more than 0.6 of the memory that the device has left."""
     tensors = [*map(torch.as_tensor, arrays[:5]), torch.tensor(columns, dtype=torch.long)]
     if device.type == "cuda":
-        # Of up to 3 H + 6 batches backward keeps 3 numbers a unit of its 4 layers, and N more are
-        # proposed; all that twice, for trial updates precede the graph. Seven networks have
-        # gradients, averages and their undo, six copies in all. And a GB of workspaces.
-        units = config.batch_size * (12 * (3 * config.horizon + 6) + 4 * config.candidates)
-        needed = 4 * config.width * (2 * units + 6 * 7 * 4 * config.width) + 2 ** 30
-        free = torch.cuda.mem_get_info(device)[0] - needed
-        if sum(tensor.nbytes for tensor in tensors) > free:
+        free, _ = torch.cuda.mem_get_info(device)
+        if sum(tensor.nbytes for tensor in tensors) > 0.6 * free:
             device = torch.device("cpu")
     return ChunkDataset(*(tensor.to(device) for tensor in tensors), config)
 
