@@ -32,8 +32,6 @@ Where it differs from that code (README.md has the whole list): a chunk may star
 leaves n actions and a state (the published sampler drops some), and V is evaluated only where a
 target needs it.
 """
-from __future__ import annotations
-
 import argparse
 import contextlib
 import copy
@@ -290,8 +288,7 @@ class MLP(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
-                if layer.bias is not None:
-                    nn.init.zeros_(layer.bias)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, *inputs):
         x = self.hidden(torch.cat(inputs, -1))
