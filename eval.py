@@ -415,7 +415,7 @@ class Gymnasium:
             sizes, box = self.sizes, (self.env.env.action_space.low, self.env.env.action_space.high)
         files, episodes = [path], []
         if path.is_dir():
-            files = sorted(file for file in path.iterdir()
+            files = sorted(file for file in (*path.iterdir(), *(path / "data").glob("*"))  # Minari's
                            if file.suffix in (".npz", ".hdf5", ".h5"))
         for file in files:
             episodes += read_episodes(file, *sizes, *box)
@@ -668,6 +668,12 @@ def read_episodes(path, observation_size, action_size, low, high):
             raise MacError(f"{path}: {group}observations has a row more than actions, which only "
                            "a single episode may have")
         begin, known = 0, following is not None
+        if known:
+            differ = (following[:-1] != states[1:count]).any(1) & ~(ended | stopped)[:-1]
+            if differ.any():
+                say(f"WARNING: {path}: in {differ.sum()} rows, the first {differ.argmax()}, "
+                    "next_observations is not the next row's observation: are ends missing, or "
+                    "rows out of order?")
         for end in np.unique([*np.flatnonzero(ended | stopped), count - 1]) + 1:
             rows = slice(begin, end if known else end - 1)
             last = (following if known else states)[end - 1:end]
@@ -1025,8 +1031,9 @@ def model_error(agent, dataset, steps, trajectories=2000):
     starts_up_to = (ends.diff(prepend=ends.new_tensor([-1])) - span).clamp(min=0).cumsum(0)  # (K,)
     total = int(starts_up_to[-1])
     if not total or steps < n:
+        longest = int(ends.diff(prepend=ends.new_tensor([-1])).max()) - 1
         raise MacError(f"--model-error-steps {steps}: needs at least one chunk ({n} actions) "
-                       "and a trajectory of that length")
+                       f"and a trajectory of that length; the longest has {longest} steps")
     count = min(trajectories, total)
     pick = torch.linspace(0, total - 1, count, dtype=torch.float64).long()  # (count,)
     k = torch.searchsorted(starts_up_to, pick, right=True)

@@ -133,6 +133,7 @@ class Config:
         vars(self).update(defaults | given)
         vars(self).update(presets(self) | given)
         self.execute = min(self.execute, self.chunk)
+        self.data = self.data and os.path.abspath(os.path.expanduser(self.data))
 
     @property
     def world(self):
@@ -1256,7 +1257,7 @@ def train(config, device, folder, checkpoint):
         if stop.agreed():
             say(f"stopped at step {run.step}; the same command with --resume goes on")
             return 128 + stop.signal
-    say(f"trained {run.step} steps; now: python eval.py {folder}")
+    say(f"trained {run.step} steps" + (f"; now: python eval.py {folder}" if world.tasks else ""))
 
 
 # ---------------------------------------------------------------------------- command line

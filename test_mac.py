@@ -948,7 +948,9 @@ def own_file(form, folder):
                        f"episode_{i + 5}/actions": actions, f"episode_{i + 5}/infos/x": last,
                        f"episode_{i + 5}/terminations": last & (how == "terminals"),
                        f"episode_{i + 5}/truncations": last & (how == "timeouts")}
-        write_hdf5(folder / "x.hdf5", groups)
+        (folder / "data").mkdir()
+        write_hdf5(folder / "data" / "x.hdf5", groups)
+        return folder / "data" / "x.hdf5"
     elif form == "folder":
         for name, part in (("b", slice(10, None)), ("a", slice(10))):  # two episodes and half one
             np.savez(folder / f"{name}.npz", **{key: array[part] for key, array in flat.items()})
@@ -967,7 +969,14 @@ def test_own_files_hold_the_same_episodes_however_written(form, tmp_path, capsys
         assert np.array_equal(states, s[:rows + 1]) and np.array_equal(rewards, r[:rows])
         assert np.allclose(LOW + (actions + 1) / 2 * (HIGH - LOW), a[:rows], atol=1e-5)
         assert ended == (how == "terminals" and form != "without next")
-    assert ("last states of 3 episodes" in capsys.readouterr().out) == (form == "without next")
+    said = capsys.readouterr().out
+    assert ("last states of 3 episodes" in said) == (form == "without next")
+    assert "ends missing" not in said
+    if form == "npz":
+        _, flat = own_data()
+        np.savez(path, **flat | {"terminals": flat["terminals"] & (np.arange(20) != 4)})
+        world.read_episodes(path, 3, 2, LOW, HIGH)
+        assert "in 1 rows, the first 4, next_observations is not" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("n", [1, 3, 4])
@@ -1248,9 +1257,8 @@ def test_bad_own_data_is_one_line(case, kind, slide, tmp_path, capsys):
     ("--env cube-double-play-v0 --data x.npz", "cube-double-play-v0 has data of its own"),
     ("--env CartPole-v1 --data x.npz", "its action space is Discrete(2); only flat Box"),
     ("--env Slide-v0", "Any other environment needs --data"),
-    ("--env Slide-v0 --data x.npz", "cannot read x.npz: No such file"),
-    ("--data x.hdf5", "cannot read x.hdf5 as HDF5"),
-    ("--data bad.h5", "cannot read bad.h5 as HDF5"),
+    ("--env Slide-v0 --data x.npz", "x.npz: No such file"),
+    ("--data x.hdf5", "x.hdf5 as HDF5"), ("--data bad.h5", "bad.h5 as HDF5"),
     ("--data dict.h5", "dict.h5: episode_0/observations is a group, as of a Dict space"),
     ("--data /proc/self", "0 episodes"), ("--data x.npz --collect 3", "no scripted policy"),
 ])
