@@ -415,8 +415,8 @@ class Gymnasium:
             sizes, box = self.sizes, (self.env.env.action_space.low, self.env.env.action_space.high)
         files, episodes = [path], []
         if path.is_dir():
-            files = sorted(file for file in (*path.iterdir(), *(path / "data").glob("*"))  # Minari's
-                           if file.suffix in (".npz", ".hdf5", ".h5"))
+            inside = *path.iterdir(), *(path / "data").glob("*")  # where Minari puts its own
+            files = sorted(file for file in inside if file.suffix in (".npz", ".hdf5", ".h5"))
         for file in files:
             episodes += read_episodes(file, *sizes, *box)
             sizes = episodes[0][0].shape[1], episodes[0][1].shape[1]
@@ -702,8 +702,8 @@ def read_hdf5(path):
             for group, arrays in groups.items():
                 for name in OWN_KEYS:
                     if isinstance(file.get(group + name), h5py.Group):
-                        raise MacError(f"{path}: {group}{name} is a group, as of a Dict space; only "
-                                       "flat arrays are supported")
+                        raise MacError(f"{path}: {group}{name} is a group, as of a Dict space; "
+                                       "only flat arrays are supported")
                     if group + name in file:
                         arrays[name] = file[group + name][()]
             return groups
