@@ -1849,8 +1849,9 @@ def test_imagined_futures_against_a_plain_loop(trained, tmp_path):
             assert torch.allclose(chunk, rollout.chunks[k])
             state = state + agent.dynamics(state, chunk)
     assert len(rollout.observations) == 5
-    assert world.main([str(trained[SINGLE]), "--imagine", str(tmp_path / "x.png")]) == 0
-    assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
+    if importlib.util.find_spec("matplotlib"):
+        assert world.main([str(trained[SINGLE]), "--imagine", str(tmp_path / "x.png")]) == 0
+        assert (tmp_path / "x.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_films_and_rendering_where_there_is_a_renderer_or_none(trained, tmp_path):
@@ -2258,10 +2259,11 @@ def two_runs(monkeypatch):
     monkeypatch.setattr(world, "WORLDS", [*world.WORLDS, Counting])
     monkeypatch.setattr(mac, "PROCESSES", 2)
     given, _, _ = mac.parse(TWO)
+    settings = mac.Config(**given, terminations=False)  # as `train` finds: the data have none
     data, runs = Counting().data(None), []
     for rank in range(2):
         monkeypatch.setattr(mac, "RANK", rank)
-        runs.append(mac.Run(mac.Config(**given), torch.device("cpu"), Counting(), *data))
+        runs.append(mac.Run(settings, torch.device("cpu"), Counting(), *data))
     return runs
 
 
