@@ -364,7 +364,7 @@ class Gymnasium:
     fixed, scripted, family, columns, pixels = True, False, "gymnasium", [], 0
 
     def __init__(self, env_id, data):
-        self.env_id, self.path = env_id, home(data, "--data")
+        self.env_id, self.path = env_id, pathlib.Path(data)
 
     @functools.cached_property
     def env(self):
@@ -744,11 +744,11 @@ def collect_data(path, name, episodes, workers=None, seed=0):
     with lock(path.parent, ".collecting", wait=True):  # a second process would collect the same
         for i, shard in enumerate(shards):
             begin, end = i * size, min((i + 1) * size, episodes)
-            numbers = {validation_file(shard): range(begin // 10, max(end, begin + 10) // 10),
-                       shard: range(begin, end)}  # in order of seeds
+            held = {validation_file(shard): range(begin // 10, max(end, begin + 10) // 10),
+                    shard: range(begin, end)}  # in order of seeds
             jobs = {target: [(parts / f"{seed}-{split}-{e}.npz", name, (seed, split, e))
-                             for e in numbers[target]]
-                    for split, target in enumerate(numbers) if not target.exists()}
+                             for e in held[target]]
+                    for split, target in enumerate(held) if not target.exists()}
             if jobs:
                 parts.mkdir(exist_ok=True)
                 collect_episodes([job for group in jobs.values() for job in group], workers)
@@ -901,7 +901,7 @@ class Evaluator:
         generator = torch.Generator(agent.device).manual_seed(seed)
         results = {task: [] for task in self.world.tasks}
         active = [Episode(self.world, env, *jobs.popleft(), seed) for env in self.envs if jobs]
-        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as threads:
+        with concurrent.futures.ThreadPoolExecutor(cores()) as threads:
             while active and not stop():
                 idle = [episode for episode in active if not episode.plan]
                 if idle:
@@ -1104,8 +1104,8 @@ def reach(agent, dataset, distance, count=5000):
     inputs = batch.observation, batch.chunk, batch.value_goal
     reward, mask = agent.outcome.predict(*inputs)
     outcome = 1 - mask if len(agent.columns) else reward
-    numbers = agent.value(inputs[0], inputs[2]), agent.critic(*inputs), outcome
-    return tuple(number.mean().item() for number in numbers)
+    values = agent.value(inputs[0], inputs[2]), agent.critic(*inputs), outcome
+    return tuple(value.mean().item() for value in values)
 
 
 @torch.no_grad()
@@ -1118,10 +1118,10 @@ def compare_reach(mac, args):
     goals, rows, never = len(agent.columns) > 0, [], -1 / (1 - gamma ** n)
     names = ("steps", "V", "Q", "success", "ideal") if goals else ("steps", "V", "Q", "reward")
     for distance in (0, 10, 20, 30, 50, 70, 100, 150, 200, 300, 400):
-        numbers = reach(agent, dataset, distance)
-        if numbers:  # ideal is known of goals alone: -1 a chunk until it is met
+        means = reach(agent, dataset, distance)
+        if means:  # ideal is known of goals alone: -1 a chunk until it is met
             ideal = (never * (1 - gamma ** (distance // n * n)),) if goals else ()
-            rows.append((distance, *numbers, *ideal))
+            rows.append((distance, *means, *ideal))
     begins = {}
     for task in world.tasks:
         given = [mac.checked(agent, *world.reset(world.env, task, seed)) for seed in range(10)]

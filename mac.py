@@ -133,7 +133,7 @@ class Config:
         vars(self).update(defaults | given)
         vars(self).update(presets(self) | given)
         self.execute = min(self.execute, self.chunk)
-        self.data = self.data and os.path.abspath(os.path.expanduser(self.data))
+        self.data = self.data and os.path.abspath(home(self.data, "--data"))
 
     @property
     def world(self):
@@ -1266,6 +1266,8 @@ def train(config, device, folder, checkpoint):
 # sets the length of a decay, and on `device`, whose noise is another.
 MAY_CHANGE = {"steps", "device", "log_interval", "eval_interval", "save_interval",
               "eval_episodes", "data", "dataset_dir", "cache_dir", "save_dir", "tensorboard"}
+# What a run may have been started with, although the data found decided otherwise.
+LEFT_TO_THE_DATA = {("terminations", True), ("collect", 0)}
 
 
 def parse(argv):
@@ -1306,7 +1308,7 @@ def resumed(saved, config, given):
         before, now = saved["config"][name], getattr(config, name)
         if name in MAY_CHANGE:
             saved["config"][name] = now
-        elif before != now and name not in ("terminations", "collect"):  # which data may change
+        elif before != now and (name, now) not in LEFT_TO_THE_DATA:
             raise MacError(f"--{name.replace('_', '-')}: this run has {before}, not {now}; "
                            "leave the flag out or use another --save-dir")
     if saved["step"] > saved["config"]["steps"]:

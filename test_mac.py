@@ -2554,6 +2554,7 @@ def test_a_run_folder_is_neither_overwritten_nor_shared(trained, data_dir, capsy
     assert "already holds a run" in failing(capsys, *same)
     assert "--width: this run has 16, not 32" in failing(capsys, *same, "--resume", "--width", "32")
     assert "--seed" in failing(capsys, *same, "--resume", "--seed", "5")
+    assert "--collect: this run has 1, not 2" in failing(capsys, *same, "--resume", "--collect", "2")
     with world.lock(folder):
         assert "another process" in failing(capsys, *same, "--resume")
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
