@@ -265,6 +265,17 @@ class OGBench:
                 "puzzle": list(range(20, end, 4)),  # whether each button is on
                 "antsoccer": [15, 16]}.get(self.family, [0, 1])  # the ball; the ant itself
 
+    def tolerances(self, size):
+        """(coordinates, how near to the goal's they must be) of each thing that a goal of `size`
+        coordinates is about, for the simulator to call it met. In units of the observation."""
+        if self.goal == "observation":
+            raise MacError("--success near: only of --goal task does the simulator say what is near")
+        cube, button = (3, 0.4), (1, 0.5)  # 4 cm; on or off
+        drawer, window = (1, 0.04 * 18), (1, 0.04 * 15)
+        kinds = {"cube": [cube], "puzzle": [button], "pointmaze": [(2, 1.0)],
+                 "scene": [cube, button, button, drawer, window]}.get(self.family, [(2, 0.5)])
+        return kinds * (size // sum(width for width, _ in kinds))
+
     def make(self):
         """An environment whose `reset` can be seeded: OGBench draws a few actions from an action
         space that it builds, unseeded, at each access, so here it is built once."""
@@ -1102,7 +1113,8 @@ def reach(agent, dataset, distance, count=5000):
     goal = dataset.observations[start[fits] + distance][:, agent.columns]
     batch = agent.normalize(batch._replace(value_goal=goal))
     inputs = batch.observation, batch.chunk, batch.value_goal
-    reward, mask = agent.outcome.predict(*inputs)
+    gap = agent.gap(agent.next_observation(*inputs[:2]), inputs[2])
+    reward, mask = agent.outcome.predict(*inputs, gap)
     outcome = 1 - mask if len(agent.columns) else reward
     values = agent.value(inputs[0], inputs[2]), agent.critic(*inputs), outcome
     return tuple(value.mean().item() for value in values)

@@ -100,6 +100,8 @@ class Config:
     chunk_reward: str = setting("mean", "of its n rewards", choices=("mean", "sum"))
     terminations: bool = setting(True, "learn where the task ends, if the data have such ends")
     goal: str = setting("task", "what a goal consists of", choices=("task", "observation"))
+    success: str = setting("model", "what says that a rollout meets its goal: a learned model or, "
+                           "not in the paper, the simulator's tolerance", choices=("model", "near"))
     value_goals: tuple = setting((0.2, 0.0, 0.5, 0.3), "odds that a value goal is the current / "
                                  "a geometric / a uniform future / a random state", low=0)
     actor_goals: tuple = setting((0.0, 1.0, 0.0, 0.0), "the same for actor goals", low=0)
@@ -110,6 +112,8 @@ class Config:
     learning_rate: float = setting(3e-4, "Adam's step size", low=0)
     warmup: float = setting(0.0, "share of the steps, the first, without V and Q", low=0, high=0.99)
     decay: bool = setting(False, "after the warmup, let the learning rate fall linearly to zero")
+    freeze: bool = setting(False, "not in the paper: models and policy learn in the warmup alone "
+                           "(a --decay is then part of it, too), V and Q after it alone")
     ema_rate: float = setting(0.005, "target V moves this much per step", low=0, high=1)
     precision: str = setting("float32", "of proposals and scores", choices=("float32", "bfloat16"))
     # data, logs, files
@@ -306,8 +310,9 @@ class RewardModel(MLP):
         prediction = self(batch.observation, batch.chunk, batch.value_goal)
         return {"reward": F.mse_loss(prediction, batch.reward)}
 
-    def predict(self, observation, chunk, goal):
-        """-> reward (...), mask (...): 1 where the rollout goes on."""
+    def predict(self, observation, chunk, goal, gap):
+        """`gap` (..., G): how far from the goal the chunk ends (`Agent.gap`).
+        -> reward (...), mask (...): 1 where the rollout goes on."""
         reward = self(observation, chunk, goal)
         return reward, torch.ones_like(reward)
 
@@ -324,7 +329,7 @@ class TerminationModel(MLP):
         return {"reward": F.mse_loss(reward, batch.reward),
                 "termination": F.binary_cross_entropy_with_logits(logit, batch.terminated)}
 
-    def predict(self, observation, chunk, goal):
+    def predict(self, observation, chunk, goal, gap):
         reward, logit = self(observation, chunk, goal).unbind(-1)
         return reward, (logit <= 0).float()  # a logit above 0 is p > 0.5
 
@@ -337,12 +342,31 @@ class SuccessModel(MLP):
         logit = self(batch.observation, batch.chunk, batch.value_goal)
         return {"success": F.binary_cross_entropy_with_logits(logit, batch.success)}
 
-    def predict(self, observation, chunk, goal):
+    def predict(self, observation, chunk, goal, gap):
         success = (self(observation, chunk, goal) > 0).float()
         return success - 1, 1 - success
 
 
 OUTCOMES = {"reward": RewardModel, "termination": TerminationModel, "success": SuccessModel}
+
+
+class Nearness(nn.Module):
+    """`--success near`: a chunk meets the goal if the predicted state at its end does for the
+    simulator. `tolerances` are (coordinates, distance) of each thing that has to be in place."""
+
+    def __init__(self, tolerances):
+        super().__init__()
+        self.tolerances = tolerances
+
+    def loss(self, batch):
+        return {}
+
+    def predict(self, observation, chunk, goal, gap):
+        parts = gap.split([size for size, _ in self.tolerances], -1)
+        met = torch.stack([part.norm(dim=-1) <= tolerance
+                           for part, (_, tolerance) in zip(parts, self.tolerances)])
+        success = met.all(0).float()
+        return success - 1, 1 - success
 
 
 # ----------------------------------------------------------------------------- flow policy
@@ -449,8 +473,11 @@ class Agent(nn.Module):
         self.policy = POLICIES[config.policy](observation_size, goal_size, chunk_size, config)
         self.dynamics = MLP(observation_size + chunk_size, observation_size, config.width)
         inputs = observation_size + chunk_size + goal_size
-        outcome = "success" if columns else "termination" if config.terminations else "reward"
-        self.outcome = OUTCOMES[outcome](inputs, None, config.width)
+        if columns and config.success == "near":
+            self.outcome = Nearness(config.world.tolerances(goal_size))
+        else:
+            outcome = "success" if columns else "termination" if config.terminations else "reward"
+            self.outcome = OUTCOMES[outcome](inputs, None, config.width)
         self.critic = MLP(inputs, None, config.width)
         self.value = MLP(observation_size + goal_size, None, config.width)
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)
@@ -476,6 +503,10 @@ class Agent(nn.Module):
     def next_observation(self, observation, chunk):
         """The model's s_{t+n}: (..., O), (..., D) -> (..., O)"""
         return observation + self.dynamics(observation, chunk)
+
+    def gap(self, observation, goal):
+        """From goals to observations, in raw units: (..., O), (..., G) -> (..., G)"""
+        return (observation[..., self.columns] - goal) * self.normalizer.scale[self.columns]
 
     def proposals(self, count, observation, goal, generator):
         """N chunks of the policy for every state, and their Q. -> (B, N, D), (B, N)"""
@@ -505,7 +536,8 @@ class Agent(nn.Module):
         observations, chunks = torch.stack(observations), torch.stack(chunks)
         goals = goal.expand(len(chunks), *goal.shape)  # (H, B, G)
         with low_precision(self.config, observation):
-            rewards, masks = self.outcome.predict(observations[:-1], chunks, goals)  # (H, B)
+            rewards, masks = self.outcome.predict(observations[:-1], chunks, goals,
+                                                  self.gap(observations[1:], goals))  # (H, B)
         return Rollout(observations, chunks, rewards, masks, goals)
 
     def model_losses(self, batch):
@@ -528,9 +560,10 @@ class Agent(nn.Module):
         q = self.critic(states[0], rollout.chunks[0], goals[0])
         return {"value": F.mse_loss(value, target), "critic": F.mse_loss(q, target_q)}
 
-    def losses(self, batch, generator, warmup=False):
+    def losses(self, batch, generator, warmup=False, frozen=False):
         """All losses of a raw batch, which are added with weight one, and the rollout, which is
-        None during the warmup: neither V nor Q is trained there."""
+        None during the warmup: neither V nor Q is trained there. Policy and models are not where
+        they are frozen."""
         batch, rollout, value_losses = self.normalize(batch), None, {}
         if self.config.terminations:
             batch = self.fill(batch, generator)
@@ -538,6 +571,8 @@ class Agent(nn.Module):
             first = slice(self.config.rollout_batch_size or None)  # 0: the whole batch
             rollout = self.imagine(batch.observation[first], batch.value_goal[first], generator)
             value_losses = self.value_losses(rollout)
+        if frozen:
+            return value_losses, rollout
         policy_losses = self.policy.loss(batch, generator)
         return {**policy_losses, **self.model_losses(batch), **value_losses}, rollout
 
@@ -569,7 +604,7 @@ class Agent(nn.Module):
 
 def update(agent, optimizer, batch, generator, warmup=False):
     """One step of Algorithm 1. -> dict of losses and of statistics (0-dimensional tensors)"""
-    losses, rollout = agent.losses(batch, generator, warmup)
+    losses, rollout = agent.losses(batch, generator, warmup, agent.config.freeze and not warmup)
     optimizer.zero_grad()
     sum(losses.values()).backward()
     average_gradients(optimizer)  # with those of torchrun's other processes, if there are any
@@ -635,8 +670,8 @@ class FQLAgent(Agent):
         return {"candidates": 1, "eval_candidates": 1, "eval_flow": False,
                 "fql_alpha": 0.3 if "cube-double" in config.env else 1.0}  # Table 11
 
-    def losses(self, batch, generator, warmup=False):
-        losses, rollout = super().losses(batch, generator, warmup)
+    def losses(self, batch, generator, warmup=False, frozen=False):
+        losses, rollout = super().losses(batch, generator, warmup)  # the policy follows Q
         losses["distill"] = self.config.fql_alpha * losses["distill"]
         if rollout is None:
             return losses, rollout
@@ -1131,7 +1166,9 @@ class Run:
                 phase, do_update = warmup, self.make_step(warmup)
             if config.decay:
                 left = (config.steps - self.step) / max(1, config.steps - self.warmup_steps)
-                rate.fill_(config.learning_rate * (1 if warmup else left))
+                if warmup:
+                    left = 1 - self.step / self.warmup_steps if config.freeze else 1
+                rate.fill_(config.learning_rate * left)
             self.losses = do_update()
             self.step += 1
             bar.update()

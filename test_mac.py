@@ -400,6 +400,45 @@ def test_warmup_trains_the_models_and_the_policy_alone():
     assert changed == {"policy", "dynamics", "outcome"}
 
 
+@pytest.mark.parametrize("policy", ["flow", "fql"])
+def test_frozen_models_and_policy_stay_as_the_warmup_left_them(policy):
+    agent = make_agent(policy=policy, freeze=True)
+    optimizer, batch = mac.make_optimizer(agent), chunk_data().sample(8, generator())
+    mac.update(agent, optimizer, batch, generator(), warmup=True)  # Adam has momentum from here on
+    before = {name: p.clone() for name, p in agent.named_parameters()}
+    losses = mac.update(agent, optimizer, batch, generator())
+    changed = {name.split(".")[0] for name, p in agent.named_parameters()
+               if (p != before[name]).any()}
+    values = {"value", "critic"}  # the target, as it follows V of before, not yet
+    if policy == "fql":  # whose policy follows Q
+        assert changed == values | {"policy", "dynamics", "outcome"}
+        return
+    assert changed == values and set(losses) == {"value", "critic", "rollout_reward"}
+    twin = make_agent()
+    twin.load_state_dict(before, strict=False)
+    whole, _ = twin.losses(batch, generator())
+    assert all(losses[name] == whole[name] for name in ("value", "critic"))
+
+
+def test_rollouts_meet_their_goal_where_the_predicted_state_is_near(monkeypatch):
+    """Each thing within its own distance, in the observation's raw units."""
+    monkeypatch.setattr(world.OGBench, "tolerances", lambda self, size: [(2, 0.5), (1, 0.1)])
+    agent = make_agent(3, success="near")
+    agent.normalizer.fit(torch.tensor([[-10.0, 0, 0, 0], [10, 4, 2, 1]]))
+    observation, goal = torch.rand(200, 4) * 2 - 1, torch.rand(200, 3) * 2 - 1
+    agent.next_observation = lambda s, chunk: s * 0.9  # a world of shrinking states
+    rollout = agent.imagine(observation, goal, generator())
+    raw, target = observation.numpy() * [10, 2, 1, 0.5], goal.numpy() * [10, 2, 1]
+    for k in range(4):
+        x = raw * 0.9 ** (k + 1)
+        met = ((np.hypot(x[:, 0] - target[:, 0], x[:, 1] - target[:, 1]) <= 0.5)
+               & (abs(x[:, 2] - target[:, 2]) <= 0.1))
+        assert np.array_equal(rollout.masks[k], ~met) and np.array_equal(rollout.rewards[k], met - 1)
+    goal[:100] = 0.9 * observation[:100, :3]  # met by the first chunk
+    assert agent.imagine(observation, goal, generator()).masks[0, :100].sum() == 0
+    assert agent.outcome.loss(None) == {}
+
+
 def test_update_is_adam_on_the_sum_of_losses_and_moves_the_target():
     agent, twin = make_agent(), make_agent()
     for net in (agent, twin):
@@ -511,7 +550,7 @@ def test_bfloat16_changes_proposals_scores_and_rewards_only_a_little():
     states, chunks = rollout.observations[:-1], rollout.chunks
     with torch.no_grad():
         assert torch.equal(rollout.observations[1], low.next_observation(states[0], chunks[0]))
-        rewards, _ = low.outcome.predict(states, chunks, rollout.goals)
+        rewards, _ = low.outcome.predict(states, chunks, rollout.goals, None)
     assert rollout.rewards.dtype == torch.float32
     assert not torch.equal(rollout.rewards, rewards)
     assert torch.allclose(rollout.rewards, rewards, atol=0.05)
@@ -1078,7 +1117,7 @@ def test_a_termination_ends_the_imagined_rollout():
     assert torch.isclose(losses["termination"], -(y * p.log() + (1 - y) * (1 - p).log()).mean())
     assert torch.isclose(losses["reward"], ((reward - batch.reward) ** 2).mean())
     agent.outcome.output.bias.data[1] = -logit.median()  # so that both happen
-    predicted, masks = agent.outcome.predict(batch.observation, batch.chunk, batch.value_goal)
+    predicted, masks = agent.outcome.predict(batch.observation, batch.chunk, batch.value_goal, None)
     assert torch.equal(predicted, reward) and torch.equal(masks, (logit <= logit.median()).float())
     assert 0 < masks.sum() < 9
     rollout = agent.imagine(batch.observation, batch.value_goal, generator(1))
@@ -1544,6 +1583,52 @@ FAMILIES = ["cube-double-play", "scene-play", "puzzle-3x3-play",
             "antsoccer-arena-navigate"]
 
 
+@pytest.mark.parametrize("env_id", ["cube-double-play-v0", "scene-play-v0", "puzzle-3x3-play-v0",
+                                    "pointmaze-medium-navigate-v0", "antmaze-medium-navigate-v0"])
+def test_what_is_near_is_what_the_simulator_calls_success(env_id):
+    """States around a goal, put into the simulator; every joint and button by itself, too."""
+    import mujoco
+    tasks, rng = world.find_world(env_id), np.random.default_rng(0)
+    env = tasks.env.unwrapped
+    _, goal = tasks.reset(tasks.env, 2, 0)
+    goal = goal[tasks.columns] if len(goal) > len(tasks.columns) else goal
+    near = mac.Nearness(tasks.tolerances(len(goal)))
+    maze, seen = "maze" in env_id, []
+    if maze:
+        assert np.allclose(goal, env.cur_goal_xy)
+    joints = [joint for joint in ("object_joint_0", "object_joint_1", "drawer_slide", "window_slide")
+              if not maze and joint in [env._model.joint(i).name for i in range(env._model.njnt)]]
+    for trial in range(60):
+        if maze:
+            env.set_xy(env.cur_goal_xy + rng.uniform(-1.2, 1.2, 2) * env._goal_tol)
+            observation, success = env.get_ob(), env.compute_success()
+        else:
+            free = trial % 4 if len(joints) > 1 else 0  # 0: all move
+            for i, joint in enumerate(joints):
+                place = env._data.joint(joint).qpos
+                if "slide" in joint:
+                    place[0] = getattr(env, f"_target_{joint[:6]}_pos")
+                else:
+                    place[:3] = env._data.mocap_pos[env._cube_target_mocap_ids[i]]
+                if free in (0, i + 1):
+                    width = 1 if "slide" in joint else 3
+                    place[:width] += rng.uniform(-0.04, 0.04, width)
+            if hasattr(env, "_target_button_states"):
+                env._cur_button_states = env._target_button_states.copy()
+                if trial % 3 == 0:
+                    env._cur_button_states[rng.integers(len(env._cur_button_states))] ^= 1
+            mujoco.mj_forward(env._model, env._data)
+            observation = env.compute_observation()
+            success = np.all(np.concatenate([np.atleast_1d(x) for x in env._compute_successes()]))
+        gap = torch.as_tensor(observation[tasks.columns] - goal)
+        reward, mask = near.predict(None, None, None, gap)
+        assert (reward == 0) == bool(success) and mask == -reward, (trial, gap)
+        seen.append(bool(success))
+    assert 5 < sum(seen) < 55
+    with pytest.raises(mac.MacError, match="--goal task"):
+        world.find_world(env_id, "observation").tolerances(3)
+
+
 @pytest.mark.parametrize("dataset", FAMILIES)
 def test_goals_are_columns_of_the_observation(dataset):
     plain, oracle = (world.find_world(f"{dataset}{kind}-v0") for kind in ("", "-oraclerep"))
@@ -1913,11 +1998,12 @@ def test_reach_is_measured_at_that_distance_within_a_trajectory(goal, distance):
     data, columns = hand_made(), torch.arange(goal)
     data.columns, data.rewards = columns, torch.zeros(28)
     data.rewards[[8, 14, 21, 22]] = torch.tensor([-1.0, 1, 1, 2])  # it rises at 14, 21, 22
-    outcome = lambda s, chunk, g: (s[:, 0], (s[:, 0] % 2 == 0).float())  # noqa: E731
+    outcome = lambda s, chunk, g, gap: (s[:, 0], (s[:, 0] % 2 == 0).float())  # noqa: E731
     agent = types.SimpleNamespace(
         columns=columns, config=data.config, normalize=lambda batch: batch,
         value=lambda s, g: g[:, 0] - s[:, 0] if goal else s[:, 0],
         critic=lambda s, chunk, g: 100 * chunk[:, 0],
+        gap=lambda s, g: None, next_observation=lambda s, chunk: s,
         outcome=types.SimpleNamespace(predict=outcome))
     result = world.reach(agent, data, distance)
     starts = [t for t in range(28) if max(t + distance + 1, t + 3) in trajectory_of(t)]
@@ -2446,8 +2532,9 @@ def test_what_resume_refuses(trained, data_dir, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("steps", [5, 6, 7, 20])
+@pytest.mark.parametrize("freeze", [False, True])
 def test_the_learning_rate_decays_after_a_warmup_that_other_steps_do_not_change(
-        steps, data_dir, tmp_path, monkeypatch):
+        freeze, steps, data_dir, tmp_path, monkeypatch):
     seen, update = [], mac.update
 
     def spy(agent, optimizer, batch, generator, warmup):
@@ -2459,10 +2546,13 @@ def test_the_learning_rate_decays_after_a_warmup_that_other_steps_do_not_change(
     monkeypatch.setattr(mac, "update", spy)
     monkeypatch.setattr(mac, "timed", lambda *_: [0])  # of another agent
     command = train_command(data_dir, tmp_path, "--warmup", "0.5", "--learning-rate", "0.001",
-                            "--log-interval", "0", "--steps")
+                            "--log-interval", "3", "--steps")
+    if freeze:
+        command.insert(0, "--freeze")
     assert mac.main([*command, "12"]) == 128 + signal.SIGTERM  # in its warmup of 6
     assert mac.main([*command, str(steps), "--resume"]) == 0
-    assert seen == [(1, True)] * min(steps, 6) + [
+    assert seen == [(round(1 - step / 6, 4) if freeze else 1, True)
+                    for step in range(min(steps, 6))] + [
         (round((steps - step) / (steps - 6), 4), False) for step in range(6, steps)]
 
 
