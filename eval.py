@@ -269,7 +269,7 @@ class OGBench:
         """(coordinates, how near to the goal's they must be) of each thing that a goal of `size`
         coordinates is about, for the simulator to call it met. In units of the observation."""
         if self.goal == "observation":
-            raise MacError("--success near: only of --goal task does the simulator say what is near")
+            raise MacError("--success near: the simulator says only of --goal task what is near")
         cube, button = (3, 0.4), (1, 0.5)  # 4 cm; on or off
         drawer, window = (1, 0.04 * 18), (1, 0.04 * 15)
         kinds = {"cube": [cube], "puzzle": [button], "pointmaze": [(2, 1.0)],
