@@ -310,7 +310,7 @@ class RewardModel(MLP):
         prediction = self(batch.observation, batch.chunk, batch.value_goal)
         return {"reward": F.mse_loss(prediction, batch.reward)}
 
-    def predict(self, observation, chunk, goal, gap):
+    def predict(self, observation, chunk, goal, gap=None):
         """`gap` (..., G): how far from the goal the chunk ends (`Agent.gap`).
         -> reward (...), mask (...): 1 where the rollout goes on."""
         reward = self(observation, chunk, goal)
@@ -329,7 +329,7 @@ class TerminationModel(MLP):
         return {"reward": F.mse_loss(reward, batch.reward),
                 "termination": F.binary_cross_entropy_with_logits(logit, batch.terminated)}
 
-    def predict(self, observation, chunk, goal, gap):
+    def predict(self, observation, chunk, goal, gap=None):
         reward, logit = self(observation, chunk, goal).unbind(-1)
         return reward, (logit <= 0).float()  # a logit above 0 is p > 0.5
 
@@ -342,7 +342,7 @@ class SuccessModel(MLP):
         logit = self(batch.observation, batch.chunk, batch.value_goal)
         return {"success": F.binary_cross_entropy_with_logits(logit, batch.success)}
 
-    def predict(self, observation, chunk, goal, gap):
+    def predict(self, observation, chunk, goal, gap=None):
         success = (self(observation, chunk, goal) > 0).float()
         return success - 1, 1 - success
 
@@ -361,7 +361,7 @@ class Nearness(nn.Module):
     def loss(self, batch):
         return {}
 
-    def predict(self, observation, chunk, goal, gap):
+    def predict(self, observation, chunk, goal, gap=None):
         parts = gap.split([size for size, _ in self.tolerances], -1)
         met = torch.stack([part.norm(dim=-1) <= tolerance
                            for part, (_, tolerance) in zip(parts, self.tolerances)])
