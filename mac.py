@@ -361,7 +361,7 @@ class Nearness(nn.Module):
     def loss(self, batch):
         return {}
 
-    def predict(self, observation, chunk, goal, gap=None):
+    def predict(self, observation, chunk, goal, gap):
         parts = gap.split([size for size, _ in self.tolerances], -1)
         met = torch.stack([part.norm(dim=-1) <= tolerance
                            for part, (_, tolerance) in zip(parts, self.tolerances)])
@@ -565,7 +565,7 @@ class Agent(nn.Module):
         None during the warmup: neither V nor Q is trained there. Policy and models are not where
         they are frozen."""
         batch, rollout, value_losses = self.normalize(batch), None, {}
-        if self.config.terminations:
+        if self.config.terminations and not frozen:
             batch = self.fill(batch, generator)
         if not warmup:
             first = slice(self.config.rollout_batch_size or None)  # 0: the whole batch
@@ -671,7 +671,7 @@ class FQLAgent(Agent):
                 "fql_alpha": 0.3 if "cube-double" in config.env else 1.0}  # Table 11
 
     def losses(self, batch, generator, warmup=False, frozen=False):
-        losses, rollout = super().losses(batch, generator, warmup)  # the policy follows Q
+        losses, rollout = super().losses(batch, generator, warmup)  # never frozen: it follows Q
         losses["distill"] = self.config.fql_alpha * losses["distill"]
         if rollout is None:
             return losses, rollout
@@ -1339,6 +1339,18 @@ def parse(argv):
     return given, resume, updates
 
 
+def check(config):
+    """Raises MacError for settings with which nothing can be learned, before data are collected."""
+    world = config.world
+    if config.success == "near" and not world.fixed:
+        if not hasattr(world, "tolerances"):
+            raise MacError(f"--success near: the world of {config.env!r} has no `tolerances`")
+        world.tolerances(0)
+    if config.freeze and int(config.warmup * config.steps) == 0:
+        raise MacError("--freeze: models and policy learn in the warmup alone, and there is none; "
+                       "add --warmup 0.5")
+
+
 def resumed(saved, config, given):
     """The configuration of a checkpoint with what may change taken from the flags given."""
     for name in given:
@@ -1376,6 +1388,7 @@ def main(argv):
                 config = resumed(checkpoint, config, given)
         elif resume:
             say(f"{folder} holds no checkpoint to resume from: starting at step 0")
+        check(config)
         return train(config, set_up_device(config.device), folder, checkpoint)
 
 

@@ -551,7 +551,7 @@ def test_bfloat16_changes_proposals_scores_and_rewards_only_a_little():
     states, chunks = rollout.observations[:-1], rollout.chunks
     with torch.no_grad():
         assert torch.equal(rollout.observations[1], low.next_observation(states[0], chunks[0]))
-        rewards, _ = low.outcome.predict(states, chunks, rollout.goals, None)
+        rewards, _ = low.outcome.predict(states, chunks, rollout.goals)
     assert rollout.rewards.dtype == torch.float32
     assert not torch.equal(rollout.rewards, rewards)
     assert torch.allclose(rollout.rewards, rewards, atol=0.05)
@@ -1118,7 +1118,7 @@ def test_a_termination_ends_the_imagined_rollout():
     assert torch.isclose(losses["termination"], -(y * p.log() + (1 - y) * (1 - p).log()).mean())
     assert torch.isclose(losses["reward"], ((reward - batch.reward) ** 2).mean())
     agent.outcome.output.bias.data[1] = -logit.median()  # so that both happen
-    predicted, masks = agent.outcome.predict(batch.observation, batch.chunk, batch.value_goal, None)
+    predicted, masks = agent.outcome.predict(batch.observation, batch.chunk, batch.value_goal)
     assert torch.equal(predicted, reward) and torch.equal(masks, (logit <= logit.median()).float())
     assert 0 < masks.sum() < 9
     rollout = agent.imagine(batch.observation, batch.value_goal, generator(1))
@@ -2646,7 +2646,8 @@ def test_a_run_folder_is_neither_overwritten_nor_shared(trained, data_dir, capsy
     assert "already holds a run" in failing(capsys, *same)
     assert "--width: this run has 16, not 32" in failing(capsys, *same, "--resume", "--width", "32")
     assert "--seed" in failing(capsys, *same, "--resume", "--seed", "5")
-    assert "--collect: this run has 1, not 2" in failing(capsys, *same, "--resume", "--collect", "2")
+    error = failing(capsys, *same, "--resume", "--collect", "2")
+    assert "--collect: this run has 1, not 2" in error
     with world.lock(folder):
         assert "another process" in failing(capsys, *same, "--resume")
     assert {p: p.read_bytes() for p in folder.iterdir()} == before
@@ -2655,6 +2656,8 @@ def test_a_run_folder_is_neither_overwritten_nor_shared(trained, data_dir, capsy
 @pytest.mark.parametrize("command, message", [
     ("--env cube-duble-play-v0", "did you mean cube-double-play-v0"),
     ("--env zzz", "did you mean cube-double-play-v0?"),
+    ("--freeze", "--freeze: models and policy learn in the warmup alone, and there is none"),
+    ("--env cube-single-play-v0 --goal observation --success near", "only of --goal task"),
     ("--stepz 3", "unrecognized arguments: --stepz 3 (--help lists the flags)"),
     ("cube", "unrecognized arguments: cube"),
     ("--learning-rate inf", "--learning-rate: 'inf' is not a number (float) of at least 0"),
