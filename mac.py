@@ -668,18 +668,18 @@ class FQLAgent(Agent):
     @staticmethod
     def presets(config):
         return {"candidates": 1, "eval_candidates": 1, "eval_flow": False,
-                "fql_alpha": 0.3 if "cube-double" in config.env else 1.0}  # Table 11
+                "freeze": False, "fql_alpha": 0.3 if "cube-double" in config.env else 1.0}  # Table 11
 
     def losses(self, batch, generator, warmup=False, frozen=False):
-        losses, rollout = super().losses(batch, generator, warmup)  # never frozen: it follows Q
+        losses, rollout = super().losses(batch, generator, warmup, frozen)
         losses["distill"] = self.config.fql_alpha * losses["distill"]
         if rollout is None:
             return losses, rollout
         states = rollout.observations[:-1]  # (H, B, O)
         chunk = self.policy.propose(states, rollout.goals, generator)  # (H, B, D)
         # Q's gradient is to reach the chunk, not Q itself.
-        frozen = {name: p.detach() for name, p in self.critic.named_parameters()}
-        q = torch.func.functional_call(self.critic, frozen, (states, chunk, rollout.goals))
+        fixed = {name: p.detach() for name, p in self.critic.named_parameters()}
+        q = torch.func.functional_call(self.critic, fixed, (states, chunk, rollout.goals))
         # Over its own scale: alpha then weighs the same for any task's values.
         return {**losses, "extract": -q.mean() / q.abs().mean().detach()}, rollout
 
@@ -1346,6 +1346,8 @@ def check(config):
         if not hasattr(world, "tolerances"):
             raise MacError(f"--success near: the world of {config.env!r} has no `tolerances`")
         world.tolerances(0)
+    if config.freeze and config.policy in AGENTS:
+        raise MacError(f"--freeze: --policy {config.policy} follows Q, it cannot stand still")
     if config.freeze and int(config.warmup * config.steps) == 0:
         raise MacError("--freeze: models and policy learn in the warmup alone, and there is none; "
                        "add --warmup 0.5")
