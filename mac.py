@@ -371,11 +371,10 @@ class Nearness(nn.Module):
 
 # ----------------------------------------------------------------------------- flow policy
 
-def flow_matching_loss(velocity, x_1, observation, goal, generator, taken=1):
+def flow_matching_loss(velocity, x_0, x_1, observation, goal, generator, taken=1):
     """Eq. 7: regress the velocity x_1 - x_0 at a random point of the straight line from noise
-    x_0 to data x_1 (B, D), where `taken` is 1. A velocity is called with observation, goal,
+    x_0 to data x_1, both (B, D), where `taken` is 1. A velocity is called with observation, goal,
     x (..., D), t (..., 1)."""
-    x_0 = torch.randn(x_1.shape, generator=generator, device=x_1.device)
     t = torch.rand(len(x_1), 1, generator=generator, device=x_1.device)
     x_t = (1 - t) * x_0 + t * x_1
     return F.mse_loss(taken * velocity(observation, goal, x_t, t), taken * (x_1 - x_0))
@@ -407,7 +406,8 @@ class FlowPolicy(nn.Module):
         self.velocity = MLP(inputs + 1, chunk_size, config.width)
         self.one_step = MLP(inputs, chunk_size, config.width)
 
-    def noise(self, observation, generator):
+    def noise(self, observation, goal, generator):
+        """Where flows start: x_0 (..., D)."""
         return torch.randn(*observation.shape[:-1], self.chunk_size, generator=generator,
                            device=observation.device)
 
@@ -416,19 +416,20 @@ class FlowPolicy(nn.Module):
 
     def loss(self, batch, generator):
         observation, goal = batch.observation, batch.actor_goal
-        z = self.noise(observation, generator)
+        z = self.noise(observation, goal, generator)
         with torch.no_grad(), low_precision(self.config, z):
             teacher = self.flow(observation, goal, z)
         chunk = self.one_step(observation, goal, z)
+        x_0 = self.noise(observation, goal, generator)
         return {
-            "flow": flow_matching_loss(self.velocity, batch.chunk, observation, goal, generator,
-                                       batch.taken),
+            "flow": flow_matching_loss(self.velocity, x_0, batch.chunk, observation, goal,
+                                       generator, batch.taken),
             "distill": F.mse_loss(batch.taken * chunk, batch.taken * teacher),
         }
 
     def propose(self, observation, goal, generator):
         """A chunk (..., D) in [-1, 1] for each row of observation (..., O) and goal (..., G)."""
-        z = self.noise(observation, generator)
+        z = self.noise(observation, goal, generator)
         if self.config.eval_flow and not self.training:  # of the two the finer, and the slower
             return self.flow(observation, goal, z)
         return self.one_step(observation, goal, z).clamp(-1, 1)
@@ -628,12 +629,33 @@ class OneStepPolicy(FlowPolicy):
         del self.one_step
 
     def loss(self, batch, generator):
-        return {"flow": flow_matching_loss(self.velocity, batch.chunk, batch.observation,
-                                           batch.actor_goal, generator, batch.taken)}
+        observation, goal = batch.observation, batch.actor_goal
+        x_0 = self.noise(observation, goal, generator)
+        return {"flow": flow_matching_loss(self.velocity, x_0, batch.chunk, observation, goal,
+                                           generator, batch.taken)}
 
     def propose(self, observation, goal, generator):
-        z = self.noise(observation, generator)
+        z = self.noise(observation, goal, generator)
         return euler(self.velocity, z, observation, goal, steps=1).clamp(-1, 1)
+
+
+class CenteredPolicy(FlowPolicy):
+    """Not in the paper: flows start at x_0 ~ N(mu(s, g), 0.3^2 I), with mu learned by regression,
+    not at N(0, I). Small networks then learn where chunks end in a fraction of the updates."""
+
+    def __init__(self, observation_size, goal_size, chunk_size, config):
+        super().__init__(observation_size, goal_size, chunk_size, config)
+        self.center = MLP(observation_size + goal_size, chunk_size, config.width)
+
+    def noise(self, observation, goal, generator):
+        with torch.no_grad():
+            center = self.center(observation, goal)
+        return center + 0.3 * super().noise(observation, goal, generator)
+
+    def loss(self, batch, generator):
+        center = self.center(batch.observation, batch.actor_goal)
+        return {"center": F.mse_loss(batch.taken * center, batch.taken * batch.chunk),
+                **super().loss(batch, generator)}
 
 
 class GaussianPolicy(nn.Module):
@@ -684,7 +706,8 @@ class FQLAgent(Agent):
         return {**losses, "extract": -q.mean() / q.abs().mean().detach()}, rollout
 
 
-POLICIES.update(onestep=OneStepPolicy, gaussian=GaussianPolicy, fql=FlowPolicy)
+POLICIES.update(centered=CenteredPolicy, onestep=OneStepPolicy, gaussian=GaussianPolicy,
+                fql=FlowPolicy)
 AGENTS = {"fql": FQLAgent}  # of policies that change more than the proposals
 
 

@@ -195,9 +195,8 @@ def test_flow_matching_target_and_path():
         seen.update(x_t=x_t, t=t)
         return torch.zeros_like(x_t)
 
-    x_1 = torch.randn(5, 2)
-    loss = mac.flow_matching_loss(velocity, x_1, None, None, generator(3))
-    x_0 = torch.randn(5, 2, generator=generator(3))
+    x_0, x_1 = torch.randn(2, 5, 2)
+    loss = mac.flow_matching_loss(velocity, x_0, x_1, None, None, generator(3))
     assert torch.allclose(loss, ((x_1 - x_0) ** 2).mean())
     assert torch.allclose(seen["x_t"], x_0 + seen["t"] * (x_1 - x_0), atol=1e-6)
     assert seen["t"].shape == (5, 1) and 0 <= seen["t"].min() and seen["t"].max() <= 1
@@ -211,8 +210,8 @@ def toy_batch(chunk, goal_width=0, observation_width=1):
                      torch.ones_like(chunk))
 
 
-@pytest.mark.parametrize("kind", ["flow", "gaussian"])
-def test_flow_keeps_two_modes_and_a_gaussian_does_not(kind):
+@pytest.mark.parametrize("kind, steps", [("flow", 500), ("centered", 1500), ("gaussian", 500)])
+def test_flow_keeps_two_modes_and_a_gaussian_does_not(kind, steps):
     torch.manual_seed(0)
     policy = mac.POLICIES[kind](1, 0, 1, config(width=32, flow_steps=10))
     if kind == "gaussian":  # from far off, but not so far that Adam remembers it for 1000 steps
@@ -220,7 +219,7 @@ def test_flow_keeps_two_modes_and_a_gaussian_does_not(kind):
         torch.nn.init.constant_(policy.network.output.bias, 0.5)
     optimizer = torch.optim.Adam(policy.parameters(), 3e-3)
     noise = generator()
-    for _ in range(500):
+    for _ in range(steps):  # a flow settles after the center that it starts from
         sign = torch.randint(0, 2, (256, 1), generator=noise) * 2.0 - 1
         chunk = 0.6 * sign + 0.05 * torch.randn(256, 1, generator=noise)
         optimizer.zero_grad()
@@ -230,7 +229,7 @@ def test_flow_keeps_two_modes_and_a_gaussian_does_not(kind):
         sample = policy.propose(torch.zeros(4000, 1), torch.zeros(4000, 0), noise)
     near = [(abs(sample - mode) < 0.2).float().mean() for mode in (-0.6, 0.6)]
     between = (abs(sample) < 0.3).float().mean()
-    if kind == "flow":
+    if kind != "gaussian":
         assert min(near) > 0.35 and between < 0.1
     else:  # one mode, with the moments of atanh of the data: 0 and about atanh(0.6) = 0.69
         x = torch.atanh(sample.clamp(-0.9999, 0.9999))
@@ -580,8 +579,26 @@ def test_onestep_is_the_flow_policy_with_one_euler_step():
     batch = toy_batch(torch.rand(3, 4), 1, 2)
     loss = one.loss(batch, generator(4))
     assert set(loss) == {"flow"}
+    noise = generator(4)
     assert torch.equal(loss["flow"], mac.flow_matching_loss(
-        flow.velocity, batch.chunk, batch.observation, batch.actor_goal, generator(4)))
+        flow.velocity, torch.randn(3, 4, generator=noise), batch.chunk, batch.observation,
+        batch.actor_goal, noise))
+
+
+def test_centered_flows_start_around_a_regression_that_they_do_not_move():
+    policy = mac.CenteredPolicy(2, 1, 4, config())
+    batch = toy_batch(torch.rand(6, 4) * 2 - 1, 1, 2)
+    batch = batch._replace(taken=(torch.rand(6, 4) < 0.7).float())
+    center = policy.center(batch.observation, batch.actor_goal)
+    x_0 = policy.noise(batch.observation, batch.actor_goal, generator(3))
+    assert torch.allclose(x_0, center + 0.3 * torch.randn(6, 4, generator=generator(3)))
+    loss = policy.loss(batch, generator(4))
+    error = ((center - batch.chunk) ** 2)[batch.taken == 1].sum() / 24
+    assert torch.isclose(loss["center"], error) and set(loss) == {"center", "flow", "distill"}
+    (loss["flow"] + loss["distill"]).backward()
+    assert all(p.grad is None for p in policy.center.parameters())
+    assert all(p.grad is not None for net in (policy.velocity, policy.one_step)
+               for p in net.parameters())
 
 
 def test_fql_gradient_reaches_the_one_step_policy_only():
@@ -1068,8 +1085,8 @@ def test_losses_do_not_see_actions_that_were_not_taken():
     taken = torch.arange(4) < torch.tensor([[4], [4], [2], [2], [3], [1]])
     batch = batch._replace(taken=taken.float())
     z, t = torch.randn(6, 4, generator=generator(3)), torch.zeros(6, 1)
-    flow = mac.flow_matching_loss(lambda s, g, x, t: 0 * x, batch.chunk, None, None, generator(3),
-                                  batch.taken)
+    flow = mac.flow_matching_loss(lambda s, g, x, t: 0 * x, z, batch.chunk, None, None,
+                                  generator(), batch.taken)
     assert torch.isclose(flow, ((batch.chunk - z) ** 2)[batch.taken == 1].sum() / 24)
     policy = mac.FlowPolicy(2, 1, 4, config(flow_steps=1))
     loss = policy.loss(batch, generator(3))
