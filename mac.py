@@ -689,8 +689,8 @@ class FQLAgent(Agent):
 
     @staticmethod
     def presets(config):
-        return {"candidates": 1, "eval_candidates": 1, "eval_flow": False,
-                "freeze": False, "fql_alpha": 0.3 if "cube-double" in config.env else 1.0}  # Table 11
+        return {"candidates": 1, "eval_candidates": 1, "eval_flow": False, "freeze": False,
+                "fql_alpha": 0.3 if "cube-double" in config.env else 1.0}  # Table 11
 
     def losses(self, batch, generator, warmup=False, frozen=False):
         losses, rollout = super().losses(batch, generator, warmup, frozen)
