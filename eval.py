@@ -167,6 +167,7 @@ DATASETS = [
     "puzzle-3x3,4x4,4x5,4x6-play,noisy", "pointmaze-medium,large,giant,teleport-navigate,stitch",
     "antmaze-medium,large,giant,teleport-navigate,stitch", "antmaze-medium,large,teleport-explore",
     "humanoidmaze-medium,large,giant-navigate,stitch", "antsoccer-arena,medium-navigate,stitch"]
+PLAY_NOISE = 0.1  # on the plans of the policies that made its play data
 VARIANTS = ["", "-oraclerep", "-singletask", *(f"-singletask-task{i}" for i in range(1, 6))]
 OGBENCH_IDS = {"-".join(words) + variant + "-v0" for pattern in DATASETS for variant in VARIANTS
                for words in itertools.product(*(part.split(",") for part in pattern.split("-")))}
@@ -219,6 +220,7 @@ class OGBench:
     knows = OGBENCH_IDS.__contains__
     pixels = 200  # of a rendered image's side
     cache_dir = ""  # of the flat files; else they lie beside the data
+    collect_noise = PLAY_NOISE  # of the scripted policies' plans
 
     def __init__(self, env_id, goal="task"):
         words = [w for w in env_id.split("-")
@@ -311,12 +313,14 @@ class OGBench:
         if collect and not self.scripted:
             raise MacError(f"--collect: OGBench has no scripted policy for {self.dataset}")
         name = f"{self.dataset}-collected{collect}" if collect else self.dataset
+        if collect and self.collect_noise != PLAY_NOISE:
+            name += f"-noise{self.collect_noise:g}"
         path = folder / f"{name}.npz"
         files = path, validation_file(path)
         if folder.exists() and not folder.is_dir():
             raise MacError(f"--dataset-dir {folder}: that is a file")
         if obtain and collect:
-            collect_data(path, self.simulator, collect)
+            collect_data(path, self.simulator, collect, noise=self.collect_noise)
         (first, *more), validation = data_files(path)
         if first != path and not validation[0].exists():
             raise MacError(f"{first}: {validation[0].name} is not beside it, nor any other like it")
@@ -741,9 +745,9 @@ COLLECTED_EPISODES = 1000  # OGBench's size; a tenth as many again for validatio
 EPISODE_STEPS = 1001
 
 
-def collect_data(path, name, episodes, workers=None, seed=0):
-    """Collect `episodes` training and a tenth as many validation episodes of simulator `name` into
-    `path` and its '-val' sibling, or more than 1,000 into shards of 1,000, where these are missing,
+def collect_data(path, name, episodes, workers=None, seed=0, noise=PLAY_NOISE):
+    """Collect `episodes` training and a tenth as many validation episodes of simulator `name`, with
+    `noise` on the scripted policies' plans, into `path` and its '-val' sibling, or more than 1,000 into shards of 1,000, where these are missing,
     over all cores; the same data for any `workers`. The episodes of one shard wait in a folder
     beside it: an interrupted collection goes on."""
     parts = path.with_name(f".{path.stem}-episodes")
@@ -757,7 +761,7 @@ def collect_data(path, name, episodes, workers=None, seed=0):
             begin, end = i * size, min((i + 1) * size, episodes)
             held = {validation_file(shard): range(begin // 10, max(end, begin + 10) // 10),
                     shard: range(begin, end)}  # in order of seeds
-            jobs = {target: [(parts / f"{seed}-{split}-{e}.npz", name, (seed, split, e))
+            jobs = {target: [(parts / f"{seed}-{split}-{e}.npz", name, noise, (seed, split, e))
                              for e in held[target]]
                     for split, target in enumerate(held) if not target.exists()}
             if jobs:
@@ -818,13 +822,13 @@ def start_worker():
     threading.Thread(target=follow, daemon=True).start()
 
 
-def collect_episode(path, name, seeds):
+def collect_episode(path, name, noise, seeds):
     """Put an episode of OGBench's play data by its scripted policies into `path`, unless it is
-    there already: (1001, ...) arrays that depend on simulator `name` and `seeds` alone."""
+    there already: (1001, ...) arrays that depend on simulator `name`, `noise`, `seeds` alone."""
     if path.exists():
         return
     for attempt in range(100):
-        data = run_oracle(name, np.random.SeedSequence((*seeds, attempt)))
+        data = run_oracle(name, noise, np.random.SeedSequence((*seeds, attempt)))
         if "scene" in name:  # as OGBench does: its cube stays in view, unless in the drawer
             _, y, z = data["qpos"][:, 14:17].T
             if ((y >= 0.29) | ((y <= -0.3) & ((z < 0.06) | (z > 0.08)))).any():
@@ -834,26 +838,26 @@ def collect_episode(path, name, seeds):
 
 
 @functools.cache
-def oracle_env(name):
+def oracle_env(name, noise):
     """The environment in data collection mode and its oracle for each kind of task."""
     _, gymnasium = import_ogbench()
     from ogbench.manipspace.oracles.plan import button_plan, cube_plan, drawer_plan, window_plan
 
     env = gymnasium.make(name, mode="data_collection", terminate_at_goal=False,
                          max_episode_steps=EPISODE_STEPS)
-    noise = {"env": env, "noise": 0.1, "noise_smoothing": 0.5}
+    given = {"env": env, "noise": noise, "noise_smoothing": 0.5}
     oracles = {
-        "cube": cube_plan.CubePlanOracle(**noise),
-        "button": button_plan.ButtonPlanOracle(gripper_always_closed="puzzle" in name, **noise),
-        "drawer": drawer_plan.DrawerPlanOracle(**noise),
-        "window": window_plan.WindowPlanOracle(**noise),
+        "cube": cube_plan.CubePlanOracle(**given),
+        "button": button_plan.ButtonPlanOracle(gripper_always_closed="puzzle" in name, **given),
+        "drawer": drawer_plan.DrawerPlanOracle(**given),
+        "window": window_plan.WindowPlanOracle(**given),
     }
     return env, oracles
 
 
-def run_oracle(name, seed_sequence):
+def run_oracle(name, noise, seed_sequence):
     """One episode -> dict of arrays. The oracles draw from NumPy's global stream: seeded too."""
-    env, oracles = oracle_env(name)
+    env, oracles = oracle_env(name, noise)
     env_seed, np_seed = map(int, seed_sequence.generate_state(2))
     np.random.seed(np_seed)
     observation, info = env.reset(seed=env_seed)

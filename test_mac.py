@@ -435,6 +435,39 @@ def test_rollouts_meet_their_goal_where_the_predicted_state_is_near(monkeypatch)
     assert agent.outcome.loss(None) == {}
 
 
+def test_muon_moves_matrices_orthogonally_and_all_else_as_adam_does():
+    """Against a singular value decomposition and against PyTorch's own, which is in bfloat16."""
+    for shape in ((32, 32), (40, 8), (8, 40), (1, 16)):
+        matrix = torch.randn(shape, generator=generator())
+        u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+        inner = u.T @ mac.orthogonal(matrix) @ v.T
+        values = inner.diagonal()
+        assert torch.allclose(inner, values.diag(), atol=1e-4)
+        assert values.min() > 0 and 0.6 < values.median() and values.max() < 1.3
+    nets = [torch.nn.Linear(8, 40) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    ours = mac.Muon([nets[0].weight], nets[0].parameters(), torch.tensor(0.01))
+    theirs = [torch.optim.Muon([nets[1].weight], 0.01, weight_decay=0,
+                               adjust_lr_fn="match_rms_adamw"),
+              torch.optim.Adam([nets[1].bias], 0.01)]
+    start = nets[0].weight.detach().clone()
+    for step in range(5):
+        x, y = torch.randn(16, 8, generator=generator(step)), torch.randn(16, 40)
+        for net, optimizers in zip(nets, ([ours], theirs)):
+            net.zero_grad()
+            ((net(x) - y) ** 2).mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
+    moved = [net.weight.detach() - start for net in nets]
+    assert (moved[0] - moved[1]).norm() < 0.03 * moved[1].norm()
+    assert torch.allclose(nets[0].bias, nets[1].bias, atol=1e-3)
+    assert not (nets[0].weight == start).any()
+    agent = make_agent(optimizer="muon")
+    matrices = {id(p) for p in mac.make_optimizer(agent).matrices}
+    assert {name.split(".")[0] for name, p in agent.named_parameters()
+            if p.ndim == 2 and id(p) not in matrices} == {"critic", "value", "target_value"}
+
+
 def test_update_is_adam_on_the_sum_of_losses_and_moves_the_target():
     agent, twin = make_agent(), make_agent()
     for net in (agent, twin):
@@ -695,8 +728,24 @@ def test_seeds_of_collected_episodes_and_scenes_that_never_succeed(tmp_path, mon
     assert training.read_bytes() == mine and validation.exists()
     monkeypatch.setattr(world, "run_oracle", lambda *_: {"qpos": np.full((3, 17), 0.3)})
     with pytest.raises(RuntimeError, match="lost the cube from view"):
-        world.collect_episode(tmp_path / "scene.npz", "scene-v0", (0, 0, 0))
+        world.collect_episode(tmp_path / "scene.npz", "scene-v0", 0.1, (0, 0, 0))
     assert not (tmp_path / "scene.npz").exists()
+
+
+def test_noise_on_the_collected_plans(tmp_path, monkeypatch):
+    """More of it makes the gripper's path rougher, and is in the file's name; 0.1 is OGBench's."""
+    roughness = []
+    for noise in (0.1, 0.3):
+        episode = world.run_oracle("cube-single-v0", noise, np.random.SeedSequence(0))
+        gripper = episode["observations"][:, 12:15]
+        roughness.append(np.abs(np.diff(gripper, 3, axis=0)).mean())
+    assert roughness[1] > 2 * roughness[0]
+    given = []
+    monkeypatch.setattr(world, "collect_data", lambda path, *_, noise: given.append((path, noise)))
+    for noise in (0.1, 0.3):
+        mac.Config(env=SINGLE, collect_noise=noise).world.find(tmp_path, 5)
+    name = "cube-single-play-v0-collected5"
+    assert given == [(tmp_path / f"{name}.npz", 0.1), (tmp_path / f"{name}-noise0.3.npz", 0.3)]
 
 
 def test_a_collection_takes_up_an_interrupted_one_and_keeps_what_it_cannot_open(
@@ -1571,7 +1620,7 @@ def test_a_large_collection_is_in_shards_that_are_collected_one_by_one(tmp_path,
             raise KeyboardInterrupt
         wait.append(0)
         jobs.append([seeds for *_, seeds in given])
-        for file, _, (_, split, i) in given:
+        for file, *_, (_, split, i) in given:
             world.write_npz(file, {"x": np.full(2, split * 100 + i)})
 
     monkeypatch.setattr(world, "collect_episodes", collect)
@@ -2126,7 +2175,8 @@ def test_flops_per_update_against_a_hand_count(capsys):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("goal, host, settings", [
     (0, False, {}), (2, False, {}), (0, True, {}), (2, True, {}),
-    (0, False, {"precision": "bfloat16"}), (0, False, {"policy": "fql"})])
+    (0, False, {"precision": "bfloat16"}), (0, False, {"policy": "fql"}),
+    (0, False, {"optimizer": "muon"})])
 def test_cuda_graph_agrees_with_eager_updates(goal, host, settings):
     """Through a warmup and after it, with a changing learning rate and validation in between."""
     device, results, data = torch.device("cuda"), [], chunk_data(goal)
@@ -2583,7 +2633,7 @@ def test_the_settings_printed_are_those_kept_also_after_a_failed_download(
     def fail(*_):
         raise OSError("no network")
 
-    def collect(path, name, episodes):
+    def collect(path, name, episodes, noise):
         for suffix in ("", "-val"):
             shutil.copy(data_dir / f"{DATA}{suffix}.npz", f"{path.parent}/{path.stem}{suffix}.npz")
 
@@ -2625,14 +2675,15 @@ def test_resume_evaluates_again_at_the_checkpoints_step_and_without_a_bar(
             if line.startswith("step") and "steps/s" in line] == ["step 6/6"]
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_resuming_on_a_device_goes_on_with_its_decaying_rate(device, data_dir, tmp_path,
+@pytest.mark.parametrize("device, optimizer", [("cpu", "adam"), ("cpu", "muon"), ("cuda", "adam"),
+                                               ("cuda", "muon")])
+def test_resuming_on_a_device_goes_on_with_its_decaying_rate(device, optimizer, data_dir, tmp_path,
                                                              monkeypatch):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     log, runs = mac.Run.log, (tmp_path / "whole", tmp_path / "stopped")
-    commands = [train_command(data_dir, run, "--device", device, "--warmup", "0.1")
-                for run in runs]
+    commands = [train_command(data_dir, run, "--device", device, "--warmup", "0.1", "--optimizer",
+                              optimizer) for run in runs]
     assert mac.main(commands[0]) == 0
 
     def interrupted(run, folder):
