@@ -924,7 +924,9 @@ class Muon(torch.optim.Adam):
         rate = self.param_groups[0]["lr"]
         for p in self.matrices:
             if p.grad is not None:
-                momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                if not self.state[p]:  # with the step that Adam wants of every state it loads
+                    self.state[p] = {"momentum": torch.zeros_like(p), "step": torch.zeros(())}
+                momentum = self.state[p]["momentum"]
                 momentum.lerp_(p.grad, 0.05)
                 direction = orthogonal(p.grad.lerp(momentum, 0.95))
                 p.sub_(0.2 * max(p.shape) ** 0.5 * rate * direction)
