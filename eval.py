@@ -747,9 +747,9 @@ EPISODE_STEPS = 1001
 
 def collect_data(path, name, episodes, workers=None, seed=0, noise=PLAY_NOISE):
     """Collect `episodes` training and a tenth as many validation episodes of simulator `name`, with
-    `noise` on the scripted policies' plans, into `path` and its '-val' sibling, or more than 1,000 into shards of 1,000, where these are missing,
-    over all cores; the same data for any `workers`. The episodes of one shard wait in a folder
-    beside it: an interrupted collection goes on."""
+    `noise` on the scripted policies' plans, into `path` and its '-val' sibling, or more than 1,000
+    into shards of 1,000, where these are missing, over all cores; the same data for any `workers`.
+    The episodes of one shard wait in a folder beside it: an interrupted collection goes on."""
     parts = path.with_name(f".{path.stem}-episodes")
     size, shards = episodes if path.exists() else COLLECTED_EPISODES, [path]
     if episodes > size:

@@ -848,7 +848,7 @@ def test_download_whole_cut_short_or_gone(cut, files, server, tmp_path, monkeypa
     buffer, collected = io.BytesIO(), []
     np.savez_compressed(buffer, **arrays())
     server.files, server.cut = {name: buffer.getvalue() for name in names[:files]}, cut
-    monkeypatch.setattr(world, "collect_data", lambda path, *_: collected.append(path.name))
+    monkeypatch.setattr(world, "collect_data", lambda path, *_, **__: collected.append(path.name))
     folder, whole = tmp_path / "datasets", cut is None and files == 2
     _, source, count = world.find_world(SINGLE).find(folder, 0)
     assert count == (0 if whole else 1000)  # for --resume to find it again
@@ -1746,6 +1746,10 @@ def test_settings_follow_the_environment():
                              "--chunk", "5"])
     small = mac.Config(**given)
     assert (small.eval_flow, small.decay, small.eval_episodes, small.execute) == (False, True, 3, 5)
+    given = {id: vars(mac.Config(env=id, small=True)) for id in (
+        "cube-double-play-v0", "cube-double-play-oraclerep-v0", "cube-double-play-singletask-v0")}
+    assert [(c["collect_noise"], c["optimizer"], c["success"], c["execute"])
+            for c in given.values()] == 2 * [(0.3, "muon", "near", 3)] + [(0.1, "adam", "model", 10)]
     fql = mac.Config(env="cube-double-play-v0", policy="fql", small=True)
     assert (fql.candidates, fql.eval_candidates, fql.eval_flow, fql.fql_alpha) == (1, 1, False, 0.3)
     assert mac.Config(env=SINGLE, policy="fql").fql_alpha == 1
