@@ -728,7 +728,7 @@ SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5
          "ema_rate": 0.02, "learning_rate": 1e-3, "decay": True, "steps": 16_000, "warmup": 0.5,
          "collect": 100, "execute": 10, "log_interval": 250, "eval_interval": 2000,
          "eval_episodes": 20, "save_interval": 2000}
-# With goals, where these names begin. In play data the gripper is never beside a cube that it is
+# With goals, where these names begin. In play data the gripper is hardly beside a cube that it is
 # about to take, so nothing teaches small networks to mend their aim: noisier plans do.
 SMALL_WITH_GOALS = {
     "cube-double": {"collect": 1000, "collect_noise": 0.3, "policy": "centered",
