@@ -314,7 +314,7 @@ class OGBench:
             raise MacError(f"--collect: OGBench has no scripted policy for {self.dataset}")
         name = f"{self.dataset}-collected{collect}" if collect else self.dataset
         if collect and self.collect_noise != PLAY_NOISE:
-            name += f"-noise{self.collect_noise:g}"
+            name += f"-noise{self.collect_noise}"
         path = folder / f"{name}.npz"
         files = path, validation_file(path)
         if folder.exists() and not folder.is_dir():

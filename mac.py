@@ -728,8 +728,9 @@ SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5
          "ema_rate": 0.02, "learning_rate": 1e-3, "decay": True, "steps": 16_000, "warmup": 0.5,
          "collect": 100, "execute": 10, "log_interval": 250, "eval_interval": 2000,
          "eval_episodes": 20, "save_interval": 2000}
-# With goals, where these names begin. In play data the gripper is hardly beside a cube that it is
-# about to take, so nothing teaches small networks to mend their aim: noisier plans do.
+# For ids that begin so, with the task's goals. In play data the gripper is hardly ever beside a
+# cube that it is about to take, so nothing teaches small networks to mend their aim: noisier plans
+# do.
 SMALL_WITH_GOALS = {
     "cube-double": {"collect": 1000, "collect_noise": 0.3, "policy": "centered",
                     "optimizer": "muon", "learning_rate": 6e-3, "success": "near", "freeze": True,
@@ -751,7 +752,7 @@ def presets(config):
     if config.small:
         settings.update(SMALL)
         for name, more in SMALL_WITH_GOALS.items():
-            if config.env.startswith(name) and not world.fixed:
+            if config.env.startswith(name) and not world.fixed and config.goal == "task":
                 settings.update(more)
         if not world.scripted:
             del settings["collect"]  # only a file will do
@@ -953,7 +954,7 @@ def make_optimizer(agent):
              "capturable": agent.device.type == "cuda"}
     if agent.config.optimizer == "adam":
         return torch.optim.Adam(named.values(), **given)
-    # V and Q, whose targets move, do worse by it: success fell below that of cloning.
+    # V and Q, whose targets move, keep Adam: learned by Muon, they chose worse chunks.
     matrices = [p for name, p in named.items()
                 if p.ndim == 2 and not name.startswith(("value.", "critic."))]
     return Muon(matrices, named.values(), **given)
@@ -1429,7 +1430,7 @@ def check(config):
         raise MacError(f"--freeze: --policy {config.policy} follows Q, it cannot stand still")
     if config.freeze and int(config.warmup * config.steps) == 0:
         raise MacError("--freeze: models and policy learn in the warmup alone, and there is none; "
-                       "add --warmup 0.5")
+                       "add --warmup 0.5 or --no-freeze")
 
 
 def resumed(saved, config, given):

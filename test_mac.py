@@ -742,10 +742,11 @@ def test_noise_on_the_collected_plans(tmp_path, monkeypatch):
     assert roughness[1] > 2 * roughness[0]
     given = []
     monkeypatch.setattr(world, "collect_data", lambda path, *_, noise: given.append((path, noise)))
-    for noise in (0.1, 0.3):
+    for noise in (0.1, 0.3, 0.30000001):
         mac.Config(env=SINGLE, collect_noise=noise).world.find(tmp_path, 5)
     name = "cube-single-play-v0-collected5"
-    assert given == [(tmp_path / f"{name}.npz", 0.1), (tmp_path / f"{name}-noise0.3.npz", 0.3)]
+    assert given == [(tmp_path / f"{name}.npz", 0.1), (tmp_path / f"{name}-noise0.3.npz", 0.3),
+                     (tmp_path / f"{name}-noise0.30000001.npz", 0.30000001)]
 
 
 def test_a_collection_takes_up_an_interrupted_one_and_keeps_what_it_cannot_open(
@@ -1752,7 +1753,11 @@ def test_settings_follow_the_environment():
             ("cube-double-play-singletask-v0", 0.1, "adam", 10)):
         small = mac.Config(env=env, small=True)
         assert (small.collect_noise, small.optimizer, small.execute) == (noise, optimizer, execute)
+    whole = mac.Config(env="cube-double-play-v0", small=True, goal="observation")
+    assert (whole.success, whole.freeze, whole.collect) == ("model", False, 100)
+    mac.check(whole)  # of whole observations the simulator does not say what is near
     fql = mac.Config(env="cube-double-play-v0", policy="fql", small=True)
+    mac.check(fql)
     assert (fql.candidates, fql.eval_candidates, fql.eval_flow, fql.fql_alpha) == (1, 1, False, 0.3)
     assert mac.Config(env=SINGLE, policy="fql").fql_alpha == 1
 
