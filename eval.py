@@ -1120,7 +1120,7 @@ def reach(agent, dataset, distance, count=5000):
     gap = agent.gap(agent.next_observation(*inputs[:2]), inputs[2])
     reward, mask = agent.outcome.predict(*inputs, gap)
     outcome = 1 - mask if len(agent.columns) else reward
-    values = agent.value(inputs[0], inputs[2]), agent.critic(*inputs), outcome
+    values = agent.value(inputs[0], inputs[2]), agent.q(*inputs), outcome
     return tuple(value.mean().item() for value in values)
 
 

@@ -95,6 +95,8 @@ class Config:
     flow_steps: int = setting(10, "F: Euler steps of the flow policy", low=1)
     eval_flow: bool = setting(False, "at test time sample from the flow, not its distillation")
     policy: str = setting("flow", "behaviour policy (Tables 3, 15)", choices=POLICIES)
+    critic: str = setting("network", "what says Q of a chunk: a network or, not in the paper, what "
+                          "it is taught, a step of the models and V", choices=("network", "model"))
     fql_alpha: float = setting(1.0, "weight of distillation in --policy fql (Table 11)", low=0)
     discount: float = setting(0.999, "gamma per environment step", low=0.001, high=0.999999)
     chunk_reward: str = setting("mean", "of its n rewards", choices=("mean", "sum"))
@@ -482,7 +484,7 @@ class Agent(nn.Module):
         else:
             outcome = "success" if columns else "termination" if config.terminations else "reward"
             self.outcome = OUTCOMES[outcome](inputs, None, config.width)
-        self.critic = MLP(inputs, None, config.width)
+        self.critic = MLP(inputs, None, config.width) if config.critic == "network" else None
         self.value = MLP(observation_size + goal_size, None, config.width)
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)
 
@@ -512,12 +514,21 @@ class Agent(nn.Module):
         """From goals to observations, in raw units: (..., O), (..., G) -> (..., G)"""
         return (observation[..., self.columns] - goal) * self.normalizer.scale[self.columns]
 
+    def q(self, observation, chunk, goal):
+        """Q of chunks (..., D): the critic's or, without one, what it would be taught (Eq. 11)."""
+        if self.critic:
+            return self.critic(observation, chunk, goal)
+        following = self.next_observation(observation, chunk)
+        reward, mask = self.outcome.predict(observation, chunk, goal, self.gap(following, goal))
+        discount = self.config.discount ** self.config.chunk
+        return reward + discount * mask * self.value(following, goal)
+
     def proposals(self, count, observation, goal, generator):
         """N chunks of the policy for every state, and their Q. -> (B, N, D), (B, N)"""
         observation = observation[:, None].expand(-1, count, -1)  # (B, N, O)
         goal = goal[:, None].expand(-1, count, -1)  # (B, N, G)
         chunks = self.policy.propose(observation, goal, generator)
-        return chunks, self.critic(observation, chunks, goal)
+        return chunks, self.q(observation, chunks, goal)
 
     def best_of(self, count, observation, goal, generator):
         """Eq. 4: of N proposals the one that Q ranks first. (B, O), (B, G) -> (B, D)"""
@@ -558,11 +569,14 @@ class Agent(nn.Module):
             target = returns(rollout.rewards, rollout.masks,
                              self.target_value(states[-1], goals[0]), discount)  # (H, B)
         value = self.value(states[:-1], goals)  # (H, B)
+        losses = {"value": F.mse_loss(value, target)}
+        if not self.critic:
+            return losses
         # The online V(s_1): already computed above, unless the rollout is a single chunk.
         next_value = value[1] if len(value) > 1 else self.value(states[1], goals[0])
         target_q = rollout.rewards[0] + discount * rollout.masks[0] * next_value.detach()  # (B,)
         q = self.critic(states[0], rollout.chunks[0], goals[0])
-        return {"value": F.mse_loss(value, target), "critic": F.mse_loss(q, target_q)}
+        return {**losses, "critic": F.mse_loss(q, target_q)}
 
     def losses(self, batch, generator, warmup=False, frozen=False):
         """All losses of a raw batch, which are added with weight one, and the rollout, which is
@@ -693,6 +707,7 @@ class FQLAgent(Agent):
     @staticmethod
     def presets(config):
         return {"candidates": 1, "eval_candidates": 1, "eval_flow": False, "freeze": False,
+                "critic": "network",
                 "fql_alpha": 0.3 if "cube-double" in config.env else 1.0}  # Table 11
 
     def losses(self, batch, generator, warmup=False, frozen=False):
@@ -735,7 +750,8 @@ SMALL_WITH_GOALS = {
     "cube-double": {"collect": 1000, "collect_noise": 0.3, "policy": "centered",
                     "optimizer": "muon", "learning_rate": 6e-3, "success": "near", "freeze": True,
                     "warmup": 0.6, "steps": 20_000, "value_goals": (0.1, 0.7, 0.2, 0.0),
-                    "horizon": 6, "candidates": 8, "execute": 3, "eval_interval": 4000}}
+                    "horizon": 6, "critic": "model", "execute": 3, "eval_interval": 4000,
+                    "eval_episodes": 10}}
 
 
 def presets(config):
@@ -1428,6 +1444,8 @@ def check(config):
         world.tolerances(0)
     if config.freeze and config.policy in AGENTS:
         raise MacError(f"--freeze: --policy {config.policy} follows Q, it cannot stand still")
+    if config.critic == "model" and config.policy in AGENTS:
+        raise MacError(f"--critic model: --policy {config.policy} climbs Q, a network")
     if config.freeze and int(config.warmup * config.steps) == 0:
         raise MacError("--freeze: models and policy learn in the warmup alone, and there is none; "
                        "add --warmup 0.5 or --no-freeze")

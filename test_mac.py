@@ -273,6 +273,30 @@ def test_best_of_n_is_the_arg_max():
     assert proposals.abs().max() <= 1
 
 
+@pytest.mark.parametrize("goal", [0, 2])
+def test_without_a_critic_a_step_of_the_models_and_v_rank_proposals(goal):
+    agent = make_agent(goal, critic="model")
+    observation, target = torch.randn(5, 4), torch.randn(5, goal)
+    chunks, q = agent.proposals(7, observation, target, generator(2))
+    with torch.no_grad():
+        inputs = observation[:, None].expand(5, 7, 4), chunks, target[:, None].expand(5, 7, goal)
+        agent.outcome.output.bias.data -= agent.outcome(*inputs).median()  # both sides of 0
+        chunks, q = agent.proposals(7, observation, target, generator(2))
+        for b in range(5):
+            for i in range(7):
+                told = agent.outcome(observation[b], chunks[b, i], target[b]).item()
+                following = observation[b] + agent.dynamics(observation[b], chunks[b, i])
+                value = 0.9 ** 3 * agent.value(following, target[b]).item()
+                expected = told + value if not goal else 0 if told > 0 else -1 + value
+                assert np.isclose(q[b, i].item(), expected, atol=1e-5)
+    assert not goal or 0 < (q == 0).float().mean() < 1
+    chosen = agent.best_of(7, observation, target, generator(2))
+    assert torch.equal(chosen, chunks[torch.arange(5), q.argmax(1)])
+    losses = agent.value_losses(agent.imagine(observation, target, generator(2)))
+    assert set(losses) == {"value"}
+    assert not any(name.startswith("critic") for name in agent.state_dict())
+
+
 def test_exact_proposals_come_from_the_flow_itself():
     agent = make_agent(flow_steps=3, eval_flow=True).eval()
     observation, goal = torch.randn(5, 4), torch.randn(5, 2)
