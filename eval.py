@@ -1098,7 +1098,8 @@ def reach(agent, dataset, distance, count=5000):
     does reach or, where there are no goals, before its reward rises.
 
     Args: dataset: a mac.ChunkDataset; `count` random rows of it are tried.
-    Returns: means of V, of Q of the logged chunk, of its success (share of p > 0.5) or reward; None
+    Returns: means of V, of Q of the logged chunk, of its success (share of p > 0.5) or reward, and
+    of the correlation, over 16 proposals for a state, of Q with what it is taught (Eq. 11); None
     where no trajectory is that long.
     """
     generator, ends = torch.Generator().manual_seed(0), dataset.ends
@@ -1120,7 +1121,13 @@ def reach(agent, dataset, distance, count=5000):
     gap = agent.gap(agent.next_observation(*inputs[:2]), inputs[2])
     reward, mask = agent.outcome.predict(*inputs, gap)
     outcome = 1 - mask if len(agent.columns) else reward
-    values = agent.value(inputs[0], inputs[2]), agent.q(*inputs), outcome
+    few = inputs[0][:500], inputs[2][:500]
+    chunks, q = agent.proposals(16, *few, generator)
+    state, goal = (given[:, None].expand(-1, 16, -1) for given in few)
+    taught = agent.model_q(state, chunks, goal)
+    agreement = torch.cosine_similarity(q - q.mean(1, keepdim=True),
+                                        taught - taught.mean(1, keepdim=True))
+    values = agent.value(inputs[0], inputs[2]), agent.q(*inputs), outcome, agreement
     return tuple(value.mean().item() for value in values)
 
 
@@ -1132,7 +1139,8 @@ def compare_reach(mac, args):
     n, gamma, (world, path) = agent.config.chunk, agent.config.discount, data_of(agent, args)
     dataset = mac.make_dataset(world.data(path)[1], agent.columns.tolist(), agent.config)
     goals, rows, never = len(agent.columns) > 0, [], -1 / (1 - gamma ** n)
-    names = ("steps", "V", "Q", "success", "ideal") if goals else ("steps", "V", "Q", "reward")
+    names = ("steps", "V", "Q", *(("success", "agreement", "ideal") if goals else
+                                  ("reward", "agreement")))
     for distance in (0, 10, 20, 30, 50, 70, 100, 150, 200, 300, 400):
         means = reach(agent, dataset, distance)
         if means:  # ideal is known of goals alone: -1 a chunk until it is met
@@ -1149,16 +1157,16 @@ def compare_reach(mac, args):
     what = "a goal" if goals else "a rise of the reward"
     say(f"validation states some steps before {what}"
         + (f'; "never" is worth {never:.2f}' if goals else ""))
-    say("".join(f"{name:>9}" for name in names))
+    say("".join(f"{name:>10}" for name in names))
     for row in rows:
-        say(f"{row[0]:9}" + "".join(f"{number:9.2f}" for number in row[1:]))
+        say(f"{row[0]:10}" + "".join(f"{number:10.2f}" for number in row[1:]))
     say("V where the tasks begin:", ", ".join(f"task{task} {value:.2f}"
                                               for task, value in begins.items()))
     if args.plot is None:
         return
     with picture(args.plot or pathlib.Path(args.runs[0]) / "reach.png", 2) as panels:
         for index, name in enumerate(names[1:], 1):
-            panels[int(index == 3)].plot([row[0] for row in rows], [row[index] for row in rows],
+            panels[int(index in (3, 4))].plot([row[0] for row in rows], [row[index] for row in rows],
                                          "k--" if name == "ideal" else ".-", label=name)
         if goals:
             panels[0].axhline(never, color="gray", linestyle=":", label="never")

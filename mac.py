@@ -515,9 +515,11 @@ class Agent(nn.Module):
         return (observation[..., self.columns] - goal) * self.normalizer.scale[self.columns]
 
     def q(self, observation, chunk, goal):
-        """Q of chunks (..., D): the critic's or, without one, what it would be taught (Eq. 11)."""
-        if self.critic:
-            return self.critic(observation, chunk, goal)
+        """Q of chunks (..., D): the critic's or, with --critic model, that of one step."""
+        return (self.critic or self.model_q)(observation, chunk, goal)
+
+    def model_q(self, observation, chunk, goal):
+        """What the critic is taught (Eq. 11): a step of the models, and V from there."""
         following = self.next_observation(observation, chunk)
         reward, mask = self.outcome.predict(observation, chunk, goal, self.gap(following, goal))
         discount = self.config.discount ** self.config.chunk
