@@ -1127,6 +1127,7 @@ def reach(agent, dataset, distance, count=5000):
     taught = agent.model_q(state, chunks, goal)
     agreement = torch.cosine_similarity(q - q.mean(1, keepdim=True),
                                         taught - taught.mean(1, keepdim=True))
+    agreement = agreement[taught.amin(1) < taught.amax(1)]  # there is nothing to rank elsewhere
     values = agent.value(inputs[0], inputs[2]), agent.q(*inputs), outcome, agreement
     return tuple(value.mean().item() for value in values)
 
