@@ -7,7 +7,7 @@ from here what training needs; run as a program it evaluates run folders:
     python eval.py exp/<run> --plot                           # learning curve, from the CSV files
     python eval.py exp/<run1> exp/<run2> --model-error --plot # Figures 2 and 8 of the paper
 
-It needs only the run folder (the model error also the dataset), and of an agent only `act`.
+To play it needs only the run folder, and of an agent only `act`; the rest needs the dataset, too.
 """
 import argparse
 import collections
@@ -1098,9 +1098,9 @@ def reach(agent, dataset, distance, count=5000):
     does reach or, where there are no goals, before its reward rises.
 
     Args: dataset: a mac.ChunkDataset; `count` random rows of it are tried.
-    Returns: means of V, of Q of the logged chunk, of its success (share of p > 0.5) or reward, and
-    of the correlation, over 16 proposals for a state, of Q with what it is taught (Eq. 11); None
-    where no trajectory is that long.
+    Returns: means of V, of Q of the logged chunk, of whether it is thought to succeed or of its
+    reward, and, of up to 500 states, of the correlation over 16 proposals for a state of Q with
+    what it is taught (Eq. 11), nan if that ranks none; None where no trajectory is that long.
     """
     generator, ends = torch.Generator().manual_seed(0), dataset.ends
     start = torch.randint(len(dataset.observations), (count,), generator=generator)
@@ -1132,6 +1132,14 @@ def reach(agent, dataset, distance, count=5000):
     return tuple(value.mean().item() for value in values)
 
 
+def ideal(config, distance):
+    """V of a path whose goal is `distance` steps ahead: -1 a chunk until one meets it, which has it
+    among its n states or, with `--success near`, ends there or beyond."""
+    n = config.chunk
+    failing = max(0, -(-distance // n) - 1) if config.success == "near" else distance // n
+    return -(1 - config.discount ** (failing * n)) / (1 - config.discount ** n)
+
+
 @torch.no_grad()
 def compare_reach(mac, args):
     """Print, write (RUN/reach.csv) and, for --plot, draw how far ahead V sees, beside the value of
@@ -1144,9 +1152,8 @@ def compare_reach(mac, args):
                                   ("reward", "agreement")))
     for distance in (0, 10, 20, 30, 50, 70, 100, 150, 200, 300, 400):
         means = reach(agent, dataset, distance)
-        if means:  # ideal is known of goals alone: -1 a chunk until it is met
-            ideal = (never * (1 - gamma ** (distance // n * n)),) if goals else ()
-            rows.append((distance, *means, *ideal))
+        if means:  # the ideal is known of goals alone
+            rows.append((distance, *means, *([ideal(agent.config, distance)] if goals else ())))
     begins = {}
     for task in world.tasks:
         given = [mac.checked(agent, *world.reset(world.env, task, seed)) for seed in range(10)]
@@ -1167,12 +1174,14 @@ def compare_reach(mac, args):
         return
     with picture(args.plot or pathlib.Path(args.runs[0]) / "reach.png", 2) as panels:
         for index, name in enumerate(names[1:], 1):
-            panels[int(index in (3, 4))].plot([row[0] for row in rows], [row[index] for row in rows],
-                                         "k--" if name == "ideal" else ".-", label=name)
+            style = "k--" if name == "ideal" else ".-"
+            panels[int(index in (3, 4))].plot(*zip(*((row[0], row[index]) for row in rows)), style,
+                                              label=name)
         if goals:
             panels[0].axhline(never, color="gray", linestyle=":", label="never")
         for task, value in begins.items():
-            panels[0].axhline(value, xmin=0.96, color="C3", label="tasks' starts" * (task == 1))
+            panels[0].axhline(value, xmin=0.96, color="C3",
+                              label="tasks' starts" * (task == world.tasks[0]))
         for panel in panels:
             panel.set(xlabel=f"environment steps before {what}")
 
@@ -1317,7 +1326,7 @@ def parse(argv):
     add("--imagine", metavar="OUT", help="instead of playing the next 100 steps as the simulator "
         "and as the model has them: curves (.png) or a film (.gif)")
     add("--plot", nargs="?", const="", metavar="OUT.png", help="instead of playing draw the "
-        "learning curve, or the --model-error; default: into the (first) run folder")
+        "learning curve, or --model-error or --reach; default: into the (first) run folder")
     add("--model-error", action="store_true", help="instead of playing measure the model's")
     add("--reach", action="store_true", help="instead of playing print how far ahead V sees")
     add("--model-error-steps", type=positive, metavar="STEPS", default=100,

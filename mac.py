@@ -12,7 +12,7 @@ The algorithm, and the function of each step (equation numbers are the paper's):
     3. Agent.model_losses     regress the chunk's outcome: next state (5), reward or success (6)
     4. Agent.imagine          roll H chunks out in the model (9), each the best of N by Q (4)
     5. Agent.value_losses     regress V on the H-chunk returns (10), Q on one chunk + V (11)
-    6. update                 one Adam step on the sum of all losses; target V follows by EMA
+    6. update                 one optimizer step on the sum of all losses; target V follows by EMA
 
 Shapes: B batch, N candidates, H rollout length in chunks, n chunk length, O observation,
 A action, G goal (0 where the task is fixed), D = n A the flattened chunk; T dataset states,
@@ -516,7 +516,7 @@ class Agent(nn.Module):
         return (observation[..., self.columns] - goal) * self.normalizer.scale[self.columns]
 
     def q(self, observation, chunk, goal):
-        """Q of chunks (..., D): the critic's or, with --critic model, that of one step."""
+        """Q of chunks (..., D): the critic's or, with `--critic model`, `model_q`'s."""
         return (self.critic or self.model_q)(observation, chunk, goal)
 
     def model_q(self, observation, chunk, goal):
@@ -746,9 +746,9 @@ SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5
          "ema_rate": 0.02, "learning_rate": 1e-3, "decay": True, "steps": 16_000, "warmup": 0.5,
          "collect": 100, "execute": 10, "log_interval": 250, "eval_interval": 2000,
          "eval_episodes": 20, "save_interval": 2000}
-# With the task's goals more is needed. In play data the gripper is hardly ever beside a cube that it
-# is about to take, so nothing teaches small networks to mend their aim: noisier plans do. And a
-# critic learned in so few steps does not tell the proposals for a state apart.
+# Cubes with goals need more. In play data the gripper is hardly ever beside a cube that it is about
+# to take, so nothing teaches small networks to mend their aim: noisier plans do. And a critic
+# learned in so few steps does not tell the proposals for a state apart.
 SMALL_WITH_GOALS = {"collect_noise": 0.3, "policy": "centered", "optimizer": "muon",
                     "learning_rate": 6e-3, "success": "near", "critic": "model", "freeze": True,
                     "warmup": 0.6, "value_goals": (0.1, 0.7, 0.2, 0.0), "horizon": 6, "execute": 3}
@@ -758,7 +758,7 @@ SMALL_SIZES = {"cube-single": {"collect": 200, "steps": 8000},  # the ids for wh
 
 
 def presets(config):
-    """What the environment (Tables 6 to 8), --small and the policy decide, the latter first."""
+    """What the environment (Tables 6 to 8), --small and the policy decide, each over the former."""
     world, settings = config.world, {}
     if not world.fixed:
         settings.update(batch_size=1024, width=1024, steps=2_000_000)
@@ -771,7 +771,8 @@ def presets(config):
     if config.small:
         settings.update(SMALL)
         for name, size in SMALL_SIZES.items():
-            if config.env.startswith(name) and not world.fixed and config.goal == "task":
+            goals = world.scripted and not world.fixed and config.goal == "task"
+            if goals and config.env.startswith(name):
                 settings.update(SMALL_WITH_GOALS, **size)
         if not world.scripted:
             del settings["collect"]  # only a file will do
@@ -931,7 +932,7 @@ def set_up_device(name):
 
 class Muon(torch.optim.Adam):
     """Not in the paper: Adam, but `matrices` move along their momentum made orthogonal (Jordan et
-    al., 2024), by as much per entry as Adam would (the factor of Liu et al., 2025).
+    al., 2024), by about as much per entry as Adam would (the factor of Liu et al., 2025).
     `torch.optim.Muon` computes in bfloat16, which is 40 times slower on CPUs without it, and reads
     the step size on the host, which a CUDA graph cannot."""
 
@@ -1046,6 +1047,8 @@ def benchmark(config, device, updates):
                           device)
         update(run.agent, run.optimizer, batch, run.generators[1])
     times = timed(run.make_step(), updates, device)
+    for p in run.optimizer.param_groups[0]["params"]:
+        p.grad = torch.zeros_like(p)  # Muon has left some without
     averaging = timed(lambda: average_gradients(run.optimizer), updates, device)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process
     memory *= 1 if sys.platform == "darwin" else 1024
@@ -1354,8 +1357,10 @@ def train(config, device, folder, checkpoint):
     if device.type == "cuda":
         say(f"device: {torch.cuda.get_device_name()}")
     else:
-        trial = timed(Run(config, device, world, training, validation).make_step(), 2, device)
-        hours = min(trial) * (config.steps - (checkpoint or {"step": 0})["step"]) / 3600
+        trial = Run(config, device, world, training, validation)
+        seconds = max(min(timed(trial.make_step(warmup), 2, device))  # of the dearer phase
+                      for warmup in {False, config.freeze})
+        hours = seconds * (config.steps - (checkpoint or {"step": 0})["step"]) / 3600
         say(f"device: CPU, {torch.get_num_threads()} threads, "
             f"{torch.backends.cpu.get_cpu_capability()}; updates take up to {hours:.1f} hours"
             + ("" if config.small else ", --small minutes to an hour"))
@@ -1476,6 +1481,7 @@ def main(argv):
     device = set_up_device(config.device)  # an error now rather than after a collection
     share(config)  # likewise
     if updates:
+        check(config)
         return say(json.dumps(benchmark(config, device, updates)))
     name = config.env or pathlib.Path(config.data).stem
     folder = home(config.save_dir or f"exp/{name}-seed{config.seed}", "--save-dir")

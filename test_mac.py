@@ -2123,6 +2123,18 @@ def test_reach_is_measured_at_that_distance_within_a_trajectory(goal, distance):
                       equal_nan=True)
 
 
+@pytest.mark.parametrize("distance", [0, 1, 3, 4, 5, 6, 7, 20])
+def test_ideal_of_reach_is_the_return_until_a_chunk_meets_the_goal(distance):
+    for success in ("model", "near"):
+        total, begin = 0.0, 0
+        while not (distance in range(begin, begin + 3) if success == "model" else
+                   begin + 3 >= distance):
+            total, begin = total - 0.9 ** begin, begin + 3
+        settings = config(success=success)
+        assert (settings.chunk, settings.discount) == (3, 0.9)
+        assert np.isclose(world.ideal(settings, distance), total)
+
+
 @pytest.mark.parametrize("n, steps, expected", [
     (1, 6, [0, 1, 4, 9, 16, 25, 36]), (3, 6, [0, 9, 36]), (4, 7, [0, 16])])
 def test_model_error_stays_within_trajectories(n, steps, expected):
@@ -2763,6 +2775,8 @@ def test_a_run_folder_is_neither_overwritten_nor_shared(trained, data_dir, capsy
     ("--env zzz", "did you mean cube-double-play-v0?"),
     ("--freeze", "--freeze: models and policy learn in the warmup alone, and there is none"),
     ("--policy fql --freeze --warmup 0.5", "--freeze: --policy fql follows Q"),
+    ("--policy fql --critic model", "--critic model: --policy fql climbs Q, a network"),
+    ("--policy fql --critic model --benchmark 1", "climbs Q, a network"),
     ("--env cube-single-play-v0 --goal observation --success near", "only of --goal task"),
     ("--stepz 3", "unrecognized arguments: --stepz 3 (--help lists the flags)"),
     ("cube", "unrecognized arguments: cube"),
