@@ -1357,8 +1357,8 @@ def train(config, device, folder, checkpoint):
     if device.type == "cuda":
         say(f"device: {torch.cuda.get_device_name()}")
     else:
-        trial = Run(config, device, world, training, validation)
-        seconds = max(min(timed(trial.make_step(warmup), 2, device))  # of the dearer phase
+        run = Run(config, device, world, training, validation)  # for a trial: another follows
+        seconds = max(min(timed(run.make_step(warmup), 2, device))  # of the dearer phase
                       for warmup in {False, config.freeze})
         hours = seconds * (config.steps - (checkpoint or {"step": 0})["step"]) / 3600
         say(f"device: CPU, {torch.get_num_threads()} threads, "
