@@ -746,7 +746,7 @@ SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5
          "ema_rate": 0.02, "learning_rate": 1e-3, "decay": True, "steps": 16_000, "warmup": 0.5,
          "collect": 100, "execute": 10, "log_interval": 250, "eval_interval": 2000,
          "eval_episodes": 20, "save_interval": 2000}
-# Cubes with goals need more. In play data the gripper is hardly ever beside a cube that it is about
+# Goals need more. In play data the gripper is hardly ever beside a cube that it is about
 # to take, so nothing teaches small networks to mend their aim: noisier plans do. And a critic
 # learned in so few steps does not tell the proposals for a state apart.
 SMALL_WITH_GOALS = {"collect_noise": 0.3, "policy": "centered", "optimizer": "muon",
@@ -754,7 +754,9 @@ SMALL_WITH_GOALS = {"collect_noise": 0.3, "policy": "centered", "optimizer": "mu
                     "warmup": 0.6, "value_goals": (0.1, 0.7, 0.2, 0.0), "horizon": 6, "execute": 3}
 SMALL_SIZES = {"cube-single": {"collect": 200, "steps": 8000},  # the ids for which it was measured
                "cube-double": {"collect": 1000, "steps": 20_000, "eval_interval": 4000,
-                               "eval_episodes": 10}}
+                               "eval_episodes": 10},
+               "puzzle-3x3": {"collect": 300, "steps": 10_000},
+               "scene": {"collect": 150, "steps": 8000}}
 
 
 def presets(config):

@@ -1774,7 +1774,8 @@ def test_settings_follow_the_environment():
     for env, noise, optimizer, execute in (
             ("cube-double-play-v0", 0.3, "muon", 3),
             ("cube-double-play-oraclerep-v0", 0.3, "muon", 3),
-            ("cube-single-play-v0", 0.3, "muon", 3), ("puzzle-3x3-play-v0", 0.1, "adam", 10),
+            ("cube-single-play-v0", 0.3, "muon", 3), ("puzzle-3x3-play-v0", 0.3, "muon", 3),
+            ("scene-play-v0", 0.3, "muon", 3), ("cube-triple-play-v0", 0.1, "adam", 10),
             ("cube-double-play-singletask-v0", 0.1, "adam", 10)):
         small = mac.Config(env=env, small=True)
         assert (small.collect_noise, small.optimizer, small.execute) == (noise, optimizer, execute)
