@@ -1118,8 +1118,7 @@ def reach(agent, dataset, distance, count=5000):
     goal = dataset.observations[start[fits] + distance][:, agent.columns]
     batch = agent.normalize(batch._replace(value_goal=goal))
     inputs = batch.observation, batch.chunk, batch.value_goal
-    gap = agent.gap(agent.next_observation(*inputs[:2]), inputs[2])
-    reward, mask = agent.outcome.predict(*inputs, gap)
+    _, reward, mask = agent.model_step(*inputs)
     outcome = 1 - mask if len(agent.columns) else reward
     few = inputs[0][:500], inputs[2][:500]
     chunks, q = agent.proposals(16, *few, generator)
@@ -1148,8 +1147,7 @@ def compare_reach(mac, args):
     n, gamma, (world, path) = agent.config.chunk, agent.config.discount, data_of(agent, args)
     dataset = mac.make_dataset(world.data(path)[1], agent.columns.tolist(), agent.config)
     goals, rows, never = len(agent.columns) > 0, [], -1 / (1 - gamma ** n)
-    names = ("steps", "V", "Q", *(("success", "agreement", "ideal") if goals else
-                                  ("reward", "agreement")))
+    names = ["steps", "V", "Q", "success" if goals else "reward", "agreement"] + ["ideal"] * goals
     for distance in (0, 10, 20, 30, 50, 70, 100, 150, 200, 300, 400):
         means = reach(agent, dataset, distance)
         if means:  # the ideal is known of goals alone
@@ -1174,9 +1172,9 @@ def compare_reach(mac, args):
         return
     with picture(args.plot or pathlib.Path(args.runs[0]) / "reach.png", 2) as panels:
         for index, name in enumerate(names[1:], 1):
-            style = "k--" if name == "ideal" else ".-"
-            panels[int(index in (3, 4))].plot(*zip(*((row[0], row[index]) for row in rows)), style,
-                                              label=name)
+            panel = panels[int(name in ("success", "reward", "agreement"))]
+            panel.plot([row[0] for row in rows], [row[index] for row in rows],
+                       "k--" if name == "ideal" else ".-", label=name)
         if goals:
             panels[0].axhline(never, color="gray", linestyle=":", label="never")
         for task, value in begins.items():

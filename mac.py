@@ -519,10 +519,14 @@ class Agent(nn.Module):
         """Q of chunks (..., D): the critic's or, with `--critic model`, `model_q`'s."""
         return (self.critic or self.model_q)(observation, chunk, goal)
 
+    def model_step(self, observation, chunk, goal):
+        """One chunk in the models. -> the next observation (..., O), reward (...), mask (...)"""
+        following = self.next_observation(observation, chunk)
+        return following, *self.outcome.predict(observation, chunk, goal, self.gap(following, goal))
+
     def model_q(self, observation, chunk, goal):
         """What the critic is taught (Eq. 11): a step of the models, and V from there."""
-        following = self.next_observation(observation, chunk)
-        reward, mask = self.outcome.predict(observation, chunk, goal, self.gap(following, goal))
+        following, reward, mask = self.model_step(observation, chunk, goal)
         discount = self.config.discount ** self.config.chunk
         return reward + discount * mask * self.value(following, goal)
 
@@ -746,9 +750,9 @@ SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5
          "ema_rate": 0.02, "learning_rate": 1e-3, "decay": True, "steps": 16_000, "warmup": 0.5,
          "collect": 100, "execute": 10, "log_interval": 250, "eval_interval": 2000,
          "eval_episodes": 20, "save_interval": 2000}
-# Goals need more. In play data the gripper is hardly ever beside a cube that it is about
-# to take, so nothing teaches small networks to mend their aim: noisier plans do. And a critic
-# learned in so few steps does not tell the proposals for a state apart.
+# Goals need more. In play data the gripper is hardly ever beside a cube that it is about to take,
+# so nothing teaches small networks to mend their aim: noisier plans do. And a critic learned in so
+# few steps does not tell the proposals for a state apart.
 SMALL_WITH_GOALS = {"collect_noise": 0.3, "policy": "centered", "optimizer": "muon",
                     "learning_rate": 6e-3, "success": "near", "critic": "model", "freeze": True,
                     "warmup": 0.6, "value_goals": (0.1, 0.7, 0.2, 0.0), "horizon": 6, "execute": 3}
@@ -772,10 +776,10 @@ def presets(config):
         settings["actor_goals"] = (0.0, 0.0, 1.0, 0.0)
     if config.small:
         settings.update(SMALL)
-        for name, size in SMALL_SIZES.items():
-            goals = world.scripted and not world.fixed and config.goal == "task"
-            if goals and config.env.startswith(name):
-                settings.update(SMALL_WITH_GOALS, **size)
+        if world.scripted and not world.fixed and config.goal == "task":
+            for name, size in SMALL_SIZES.items():
+                if config.env.startswith(name):
+                    settings.update(SMALL_WITH_GOALS, **size)
         if not world.scripted:
             del settings["collect"]  # only a file will do
     if config.policy in AGENTS:

@@ -2099,15 +2099,14 @@ def test_reach_is_measured_at_that_distance_within_a_trajectory(goal, distance):
     data, columns = hand_made(), torch.arange(goal)
     data.columns, data.rewards = columns, torch.zeros(28)
     data.rewards[[8, 14, 21, 22]] = torch.tensor([-1.0, 1, 1, 2])  # it rises at 14, 21, 22
-    outcome = lambda s, chunk, g, gap: (s[:, 0], (s[:, 0] % 2 == 0).float())  # noqa: E731
+    model_step = lambda s, chunk, g: (s, s[:, 0], (s[:, 0] % 2 == 0).float())  # noqa: E731
     agent = types.SimpleNamespace(
         columns=columns, config=data.config, normalize=lambda batch: batch,
         value=lambda s, g: g[:, 0] - s[:, 0] if goal else s[:, 0],
         q=lambda s, chunk, g: 100 * chunk[:, 0],
         proposals=lambda count, s, g, generator: (None, torch.arange(count).expand(len(s), -1) - s),
         model_q=lambda s, chunk, g: torch.arange(16.0) ** 2 * (s[..., 0] % 2),  # flat if even
-        gap=lambda s, g: None, next_observation=lambda s, chunk: s,
-        outcome=types.SimpleNamespace(predict=outcome))
+        model_step=model_step)
     result = world.reach(agent, data, distance)
     starts = [t for t in range(28) if max(t + distance + 1, t + 3) in trajectory_of(t)]
     if not goal:
@@ -2149,6 +2148,15 @@ def test_model_error_stays_within_trajectories(n, steps, expected):
     assert np.allclose([error for _, error in curve], expected)
     with pytest.raises(world.MacError, match="needs at least one chunk"):
         world.model_error(agent, data, 16)
+
+
+def test_reach_of_a_run_with_goals(trained, capsys):
+    run = trained["cube-single-play-v0"]
+    assert world.main([str(run), "--reach"]) == 0
+    names, *rows = (line.split(",") for line in (run / "reach.csv").read_text().splitlines())
+    assert names == ["steps", "V", "Q", "success", "agreement", "ideal"]
+    assert len(rows) == 11 and np.isfinite(np.array(rows, float)[:, :4]).all()
+    assert "V where the tasks begin: task1" in capsys.readouterr().out
 
 
 def test_pictures(trained, tmp_path):
