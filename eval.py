@@ -1068,8 +1068,7 @@ def compare_model_errors(mac, args):
     say("mean squared error of the dynamics model (normalised units, validation split)")
     for run in args.runs:
         agent = mac.load(run)
-        n, (world, path) = agent.config.chunk, data_of(agent, args)
-        dataset = mac.make_dataset(world.data(path)[1], agent.columns.tolist(), agent.config)
+        n, dataset = agent.config.chunk, validation_of(mac, agent, agent.config.world, args)
         curve = model_error(agent, dataset, args.model_error_steps)
         text = "".join(f"{steps},{error}\n" for steps, error in [("steps", "mse"), *curve])
         write(pathlib.Path(run) / "model_error.csv", text.encode())
@@ -1144,9 +1143,9 @@ def compare_reach(mac, args):
     """Print, write (RUN/reach.csv) and, for --plot, draw how far ahead V sees, beside the value of
     what was logged, the value of never getting there, and V where the tasks begin."""
     agent = mac.load(args.runs[0])
-    n, gamma, (world, path) = agent.config.chunk, agent.config.discount, data_of(agent, args)
-    dataset = mac.make_dataset(world.data(path)[1], agent.columns.tolist(), agent.config)
-    goals, rows, never = len(agent.columns) > 0, [], -1 / (1 - gamma ** n)
+    world = agent.config.world
+    dataset = validation_of(mac, agent, world, args)
+    goals, rows, never = len(agent.columns) > 0, [], -1 / (1 - agent.discount)
     names = ["steps", "V", "Q", "success" if goals else "reward", "agreement"] + ["ideal"] * goals
     for distance in (0, 10, 20, 30, 50, 70, 100, 150, 200, 300, 400):
         means = reach(agent, dataset, distance)
@@ -1154,10 +1153,8 @@ def compare_reach(mac, args):
             rows.append((distance, *means, *([ideal(agent.config, distance)] if goals else ())))
     begins = {}
     for task in world.tasks:
-        given = [mac.checked(agent, *world.reset(world.env, task, seed)) for seed in range(10)]
-        observation, goal = (torch.cat(tensors) for tensors in zip(*given))
-        begins[task] = agent.value(agent.normalizer(observation),
-                                   agent.normalizer(goal, agent.columns)).mean().item()
+        begin = (agent.enter(*world.reset(world.env, task, seed)) for seed in range(10))
+        begins[task] = agent.value(*map(torch.cat, zip(*begin))).mean().item()
     text = "".join(",".join(map(str, row)) + "\n" for row in [names, *rows])
     write(pathlib.Path(args.runs[0]) / "reach.csv", text.encode())
     what = "a goal" if goals else "a rise of the reward"
@@ -1184,13 +1181,18 @@ def compare_reach(mac, args):
             panel.set(xlabel=f"environment steps before {what}")
 
 
-def data_of(agent, args):
-    """The world and the path of the data that an agent was trained on."""
-    config, world = agent.config, agent.config.world
-    if args.dataset_dir and config.data:
-        return world, home(args.dataset_dir, "--dataset-dir")
+def path_of(config, world, args):
+    """The data that a run was trained on."""
     folder = home(args.dataset_dir or config.dataset_dir, "--dataset-dir")
-    return world, world.find(folder, config.collect, obtain=False)[0]
+    if args.dataset_dir and config.data:
+        return folder
+    return world.find(folder, config.collect, obtain=False)[0]
+
+
+def validation_of(mac, agent, world, args):
+    """The validation split of these data. -> mac.ChunkDataset"""
+    path = path_of(agent.config, world, args)
+    return mac.make_dataset(world.data(path)[1], agent.columns.tolist(), agent.config)
 
 
 @torch.no_grad()
@@ -1199,22 +1201,23 @@ def compare_imagination(mac, args, steps=100):
     coordinates that vary most, with a recorded validation trajectory's actions and the agent's own.
     As a film of the latter: beside the simulator the logged states nearest to the model's."""
     agent = mac.load(args.runs[0])
-    n, (world, path), normal = agent.config.chunk, data_of(agent, args), agent.normalizer
+    n, world, normal = agent.config.chunk, agent.config.world, agent.normalizer
     frames, film, count = [], args.imagine.endswith(".gif"), max(1, steps // n)
     if film:
         world.pixels = args.video_size
     check_simulator(args.runs[0], world)
     env = world.env
-    observation, goal = mac.checked(agent, *world.reset(env, world.tasks[0], args.seed))
-    rollout = agent.imagine(normal(observation), normal(goal, agent.columns),
+    observation, goal = world.reset(env, world.tasks[0], args.seed)
+    rollout = agent.imagine(*agent.enter(observation, goal),
                             torch.Generator().manual_seed(args.seed), count,
                             args.candidates or agent.config.eval_candidates)
-    states, simulated = rollout.observations[:, 0], [observation[0].numpy()]
+    states, simulated = rollout.observations[:, 0], [observation]
     for t, action in enumerate(rollout.chunks.view(-1, world.sizes[1]).numpy()):
         if film and t % 3 == 0:
             frames.append(env.render())
         simulated.append(env.step(action)[0])
     if film:
+        path = path_of(agent.config, world, args)
         places = {} if agent.config.data else read_npz(
             data_files(path)[0][0], ["observations", "qpos", "button_states"])  # a shard will do
         if "qpos" not in places:
@@ -1228,12 +1231,12 @@ def compare_imagination(mac, args, steps=100):
             imagined.append(env.render())
         return write_video(args.imagine, [np.concatenate([frame, imagined[3 * i // n]], 1)
                                           for i, frame in enumerate(frames)])
-    logged, actions, ends, *_ = world.data(path)[1]
-    lengths = np.diff(ends, prepend=-1)  # in states
-    last, rows = ends[lengths.argmax()], min(count, (lengths.max() - 1) // n) * n
-    recorded = logged[last - rows:last + 1]
-    replayed = [normal(torch.as_tensor(recorded[:1]))]
-    for chunk in torch.as_tensor(actions[last - rows:last]).view(-1, 1, n * world.sizes[1]):
+    data = validation_of(mac, agent, world, args)
+    lengths = data.ends.diff(prepend=torch.tensor([-1]))  # in states
+    last, rows = data.ends[lengths.argmax()], min(count, (lengths.max() - 1) // n) * n
+    recorded = data.observations[last - rows:last + 1]
+    replayed = [normal(recorded[:1])]
+    for chunk in data.actions[last - rows:last].view(-1, 1, n * world.sizes[1]):
         replayed.append(agent.next_observation(replayed[-1], chunk))
     with picture(args.imagine, 2) as panels:
         for panel, title, truth, model in (

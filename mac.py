@@ -474,6 +474,7 @@ class Agent(nn.Module):
     def __init__(self, observation_size, action_size, columns, config):
         super().__init__()
         self.config, self.sizes = config, (observation_size, action_size)
+        self.discount = config.discount ** config.chunk  # of a whole chunk
         goal_size, chunk_size = len(columns), config.chunk * action_size
         self.register_buffer("columns", torch.tensor(columns, dtype=torch.long))
         self.normalizer = Normalizer(observation_size)
@@ -527,11 +528,12 @@ class Agent(nn.Module):
     def model_q(self, observation, chunk, goal):
         """What the critic is taught (Eq. 11): a step of the models, and V from there."""
         following, reward, mask = self.model_step(observation, chunk, goal)
-        discount = self.config.discount ** self.config.chunk
-        return reward + discount * mask * self.value(following, goal)
+        return reward + self.discount * mask * self.value(following, goal)
 
     def proposals(self, count, observation, goal, generator):
         """N chunks of the policy for every state, and their Q. -> (B, N, D), (B, N)"""
+        if count < 1:
+            raise ValueError(f"{count} candidates, where at least one is needed")
         observation = observation[:, None].expand(-1, count, -1)  # (B, N, O)
         goal = goal[:, None].expand(-1, count, -1)  # (B, N, G)
         chunks = self.policy.propose(observation, goal, generator)
@@ -570,18 +572,17 @@ class Agent(nn.Module):
 
     def value_losses(self, rollout):
         """Eq. 10 for all H states of each rollout, Eq. 11 for its first chunk."""
-        discount = self.config.discount ** self.config.chunk
         states, goals = rollout.observations, rollout.goals
         with torch.no_grad():
             target = returns(rollout.rewards, rollout.masks,
-                             self.target_value(states[-1], goals[0]), discount)  # (H, B)
+                             self.target_value(states[-1], goals[0]), self.discount)  # (H, B)
         value = self.value(states[:-1], goals)  # (H, B)
         losses = {"value": F.mse_loss(value, target)}
         if not self.critic:
             return losses
         # The online V(s_1): already computed above, unless the rollout is a single chunk.
         next_value = value[1] if len(value) > 1 else self.value(states[1], goals[0])
-        target_q = rollout.rewards[0] + discount * rollout.masks[0] * next_value.detach()  # (B,)
+        target_q = rollout.rewards[0] + self.discount * rollout.masks[0] * next_value.detach()
         q = self.critic(states[0], rollout.chunks[0], goals[0])
         return {**losses, "critic": F.mse_loss(q, target_q)}
 
@@ -601,17 +602,26 @@ class Agent(nn.Module):
         policy_losses = self.policy.loss(batch, generator)
         return {**policy_losses, **self.model_losses(batch), **value_losses}, rollout
 
+    def enter(self, observation, goal=None):
+        """An observation and its goal, or a batch of them, as `act` takes them.
+        -> normalised tensors (B, O), (B, G) on the agent's device. Raises ValueError."""
+        observation = rows("observation", observation, self.sizes[0])
+        goal = np.zeros((len(observation), 0)) if goal is None else goal
+        goal = rows("goal", goal, len(self.columns), self.sizes[0])
+        if len(goal) != len(observation):
+            raise ValueError(f"{len(goal)} goals for {len(observation)} observations")
+        observation, goal = observation.to(self.device), goal.to(self.device)
+        if goal.shape[1] != len(self.columns):
+            goal = goal[:, self.columns]
+        return self.normalizer(observation), self.normalizer(goal, self.columns)
+
     @torch.no_grad()
     def candidates(self, observation, goal=None, count=None, generator=None):
         """What `act` chooses from, for raw observations (B, O) and goals (B, G), or (B, O) whose
         columns it takes: N = `count` chunks, by default `eval_candidates`, and their Q.
         -> float32 arrays (B, N, n, A) and (B, N). Raises ValueError as `act` does."""
-        observation, goal = checked(self, observation, goal)
         count = self.config.eval_candidates if count is None else count
-        if count < 1:
-            raise ValueError(f"{count} candidates, where at least one is needed")
-        chunks, q = self.proposals(count, self.normalizer(observation),
-                                   self.normalizer(goal, self.columns), generator)
+        chunks, q = self.proposals(count, *self.enter(observation, goal), generator)
         shape = (*q.shape, self.config.chunk, self.sizes[1])
         return chunks.view(shape).cpu().numpy(), q.cpu().numpy()
 
@@ -804,18 +814,6 @@ def rows(name, given, *widths):
     if not np.isfinite(array).all():
         raise ValueError(f"{name} is not finite at {np.argwhere(~np.isfinite(array))[0].tolist()}")
     return torch.from_numpy(array)
-
-
-def checked(agent, observation, goal):
-    """An observation and its goal, or a batch of them, as tensors (B, O) and (B, G) on the
-    agent's device. Raises ValueError."""
-    observation = rows("observation", observation, agent.sizes[0])
-    goal = np.zeros((len(observation), 0)) if goal is None else goal
-    goal = rows("goal", goal, len(agent.columns), agent.sizes[0])
-    if len(goal) != len(observation):
-        raise ValueError(f"{len(goal)} goals for {len(observation)} observations")
-    observation, goal = observation.to(agent.device), goal.to(agent.device)
-    return observation, goal if goal.shape[1] == len(agent.columns) else goal[:, agent.columns]
 
 
 def make_dataset(arrays, columns, config, device=torch.device("cpu")):

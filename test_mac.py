@@ -25,6 +25,7 @@ import struct
 import subprocess
 import sys
 import termios
+import textwrap
 import threading
 import time
 import types
@@ -41,6 +42,9 @@ import mac
 # A shell starts its background jobs with signals ignored; what is tested here receives them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# Bits depend on the number of threads, and nets this small are not faster with two.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that are started here
 
 HERE = pathlib.Path(__file__).parent
 TINY = ["--width", "16", "--batch-size", "8", "--collect", "1", "--device", "cpu"]
@@ -816,26 +820,28 @@ def test_collections_side_by_side_do_not_take_each_others_files(tmp_path, monkey
 
 def test_no_worker_outlives_a_collection(tmp_path):
     """While the pipe that all of them hold is open, one of them is alive."""
-    code = """if __name__ == "__main__":  # which its workers import too
-        import eval, pathlib, sys
-        path = pathlib.Path(sys.argv[1], "data.npz")
-        sys.exit(eval.command(lambda _: eval.collect_data(path, "cube-single-v0", 400, 1))())"""
-    (tmp_path / "collect.py").write_text(code)
-    folders = {number: tmp_path / str(int(number)) for number in (signal.SIGINT, signal.SIGKILL)}
-    processes = {number: subprocess.Popen(
-        [sys.executable, tmp_path / "collect.py", folder], stdout=subprocess.PIPE, text=True,
-        stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(HERE)})
-        for number, folder in folders.items()}
-    for number, process in processes.items():
-        kept = folders[number] / ".data-episodes"
-        while not list(kept.glob("*.npz")):
+    code = """
+    import eval, pathlib, sys, time
+    def episode(name):
+        pathlib.Path(name).touch()
+        time.sleep(60)
+    def collect(argv):
+        eval.in_processes(episode, [(name,) for name in argv], 2, "collecting", "episode")
+    if __name__ == "__main__":  # which its workers import too
+        sys.exit(eval.command(collect)())"""
+    (tmp_path / "collect.py").write_text(textwrap.dedent(code))
+    for number in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen(
+            [sys.executable, "collect.py", *(f"{number}-{i}" for i in range(4))], text=True,
+            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(HERE)})
+        while len(list(tmp_path.glob(f"{number}-*"))) < 2:
             assert process.poll() is None, process.stderr.read()
             time.sleep(0.05)
         process.send_signal(number)
         rest = process.communicate(timeout=30)[1]
         assert process.returncode == (130 if number == signal.SIGINT else -number)
-        assert "Traceback" not in rest and not list(folders[number].glob("*.npz"))
-        assert list(kept.glob("*.npz"))  # nothing lost
+        assert "Traceback" not in rest and len(list(tmp_path.glob(f"{number}-*"))) == 2
 
 
 # ------------------------------------------------------------------------------ downloaded data
@@ -1791,8 +1797,7 @@ def test_settings_follow_the_environment():
 # ------------------------------------------------------------------------------ runs
 
 def spawn(*command):
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # bits depend on the number of threads
-    process = subprocess.Popen([sys.executable, HERE / "mac.py", *command], env=env, cwd=HERE,
+    process = subprocess.Popen([sys.executable, HERE / "mac.py", *command], cwd=HERE,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.started = time.time()
     return process
@@ -2296,11 +2301,8 @@ def uninterrupted(data_dir, tmp_path_factory):
     folders = tmp_path_factory.mktemp("plain"), tmp_path_factory.mktemp("intervals")
     others = ["--log-interval", "7", "--eval-interval", "30", "--eval-episodes", "1",
               "--save-interval", "3"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     for folder, more in zip(folders, ([], others)):
         assert mac.main(train_command(data_dir, folder, *more)) == 0
-    torch.set_num_threads(threads)
     return folders
 
 
@@ -2327,10 +2329,7 @@ def interrupt(data_dir, folder, interruptions, reference):
         assert process.returncode in ((-9, 0) if number == signal.SIGKILL else (128 + number,))
         assert "Traceback" not in error and "\r" not in error, error  # and no bar
         assert mac.load_checkpoint(folder)["step"] > 0
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     assert mac.main(command) == 0
-    torch.set_num_threads(threads)
     assert fingerprint(folder) == fingerprint(reference)
     assert log.read_bytes() == (reference / "train.csv").read_bytes()
     assert not list(folder.glob(".*.tmp"))
@@ -2354,7 +2353,6 @@ def test_a_terminal_that_closes_stops_the_run_as_a_signal_does(data_dir, tmp_pat
     """Then the kernel sends SIGHUP, and every write to the terminal fails from there on."""
     child, terminal = pty.fork()
     if not child:
-        os.environ["OMP_NUM_THREADS"] = "1"
         os.execv(sys.executable, [sys.executable, str(HERE / "mac.py"), *train_command(
             data_dir, tmp_path, "--steps", "1000000", "--save-interval", "0")])
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # so a bar shows
@@ -2433,7 +2431,7 @@ def start_two(folder, torchrun=False):
     given = [{}] if torchrun else [{"RANK": str(rank), "WORLD_SIZE": "2", **address}
                                    for rank in range(2)]
     return [subprocess.Popen(program, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **settings})
+                             text=True, env={**os.environ, **settings})
             for settings in given]
 
 
@@ -2499,11 +2497,8 @@ def test_two_processes_killed_stopped_and_resumed_are_two_threads_left_alone(two
             step()
 
     monkeypatch.setattr(mac, "average_gradients", average_gradients)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(train, runs))
-    torch.set_num_threads(threads)
     assert state["step"] >= 50
     for rank, run in enumerate(runs):
         for saved in (state["agent"], torch.load(two_processes / f"parameters{rank}.pt")):
