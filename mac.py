@@ -1313,16 +1313,16 @@ class Run:
                                f"the last checkpoint is of step {self.saved}; try a smaller "
                                "--learning-rate in a new --save-dir", status=3)
 
-    def evaluate(self, evaluator, stop, *how):
+    def evaluate(self, evaluator, stop, episodes, seed, execute, candidates):
         """Play episodes of every task, say how they went -> the table of `summarize`, empty after
         a stop: --resume begins with this evaluation then. Only process 0 plays."""
         if RANK:
             return {}
-        results = evaluator.play(self.agent.eval(), *how, stop=stop)
+        results = evaluator.play(self.agent.eval(), episodes, seed, execute, candidates, stop=stop)
         self.agent.train()
         if results is None:
             return {}
-        table, (_, _, execute, candidates) = summarize(results), how
+        table = summarize(results)
         self.headline = headline(table["overall"])
         say(f"step {self.step}: {self.headline} ({table['overall']['episodes']} episodes, "
             f"{execute} of each chunk executed, N = {candidates})")
