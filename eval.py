@@ -7,15 +7,13 @@ from here what training needs; run as a program it evaluates run folders:
     python eval.py exp/<run> --plot                           # learning curve, from the CSV files
     python eval.py exp/<run1> exp/<run2> --model-error --plot # Figures 2 and 8 of the paper
 
-To play it needs only the run folder, and of an agent only `act`; the rest needs the dataset, too.
+To play needs the run folder alone, --plot its CSV files; the rest needs the dataset, too.
 """
 import argparse
-import collections
 import concurrent.futures
 import contextlib
 import csv
 import difflib
-import errno
 import fcntl
 import functools
 import http.client
@@ -65,10 +63,9 @@ def command(main):
             print("stopped", file=sys.stderr)
             return 130
         except (MacError, OSError, MemoryError, RuntimeError) as error:
-            known = isinstance(error, (MacError, OSError, MemoryError, torch.OutOfMemoryError))
-            if not known and "allocate memory" not in str(error):  # as a CPU's lack of it is called
-                raise
             text = str(error)
+            if isinstance(error, RuntimeError) and not re.search("(out of|allocate) memory", text):
+                raise
             if getattr(error, "filename", None):
                 text = f"cannot use {error.filename}: {error.strerror}"
             print("error:", " ".join(text.split()), file=sys.stderr)
@@ -212,6 +209,22 @@ def import_ogbench():
     return ogbench, gymnasium
 
 
+def explain_rendering(env):
+    """An environment whose `render`, where it cannot, says in a line what to set."""
+    draw = env.unwrapped.render
+
+    def render():
+        try:
+            return draw()
+        except Exception as error:  # mujoco raises many kinds where there is no renderer
+            raise MacError(f"cannot render with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}): "
+                           "install EGL (libegl1) and set MUJOCO_GL=egl before the program "
+                           "starts") from error
+
+    env.unwrapped.render = render
+    return env
+
+
 class OGBench:
     """The tasks of an OGBench id. With goal "task" a goal is those coordinates of the goal
     observation that the task is about (the paper's goals, which OGBench calls oraclerep), with
@@ -223,13 +236,10 @@ class OGBench:
     collect_noise = PLAY_NOISE  # of the scripted policies' plans
 
     def __init__(self, env_id, goal="task"):
-        words = [w for w in env_id.split("-")
-                 if w not in ("singletask", "oraclerep") and not re.fullmatch(r"task\d", w)]
-        self.env_id, self.goal, self.family = env_id, goal, words[0]
+        self.env_id, self.goal, self.family = env_id, goal, env_id.split("-")[0]
         self.fixed = "singletask" in env_id  # a reward fixes the task: there are no goals
-        self.scripted = "play" in words  # OGBench has policies to collect the data with
-        self.dataset = "-".join(words)  # 'cube-double-play-v0'
-        self.simulator = "-".join(words[:-2] + words[-1:])  # 'cube-double-v0'
+        self.scripted = "-play-" in env_id  # OGBench has policies to collect the data with
+        self.dataset = re.sub(r"-(singletask|oraclerep|task\d)", "", env_id)  # cube-double-play-v0
         if "oraclerep" in env_id and goal != "task":
             raise MacError(f"--goal {goal}: {env_id} has task goals; take {self.dataset}")
 
@@ -284,19 +294,9 @@ class OGBench:
         ogbench, _ = import_ogbench()
         env = ogbench.make_env_and_datasets(self.env_id, env_only=True, width=self.pixels,
                                             height=self.pixels)
-        base, draw = env.unwrapped, env.unwrapped.render
-
-        def render():
-            try:
-                return draw()
-            except Exception as error:  # mujoco raises many kinds where there is no renderer
-                raise MacError(f"cannot render with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}): "
-                               "install EGL (libegl1) and set MUJOCO_GL=egl before the program "
-                               "starts") from error
-
+        base = env.unwrapped
         base.__class__ = type("Seeded", (type(base),), {"action_space": base.action_space})
-        base.render = render
-        return env
+        return explain_rendering(env)
 
     def reset(self, env, task, seed):
         """Begin a task -> observation (O,), goal (G,) or whole goal observation (O,)."""
@@ -316,21 +316,20 @@ class OGBench:
         if collect and self.collect_noise != PLAY_NOISE:
             name += f"-noise{self.collect_noise}"
         path = folder / f"{name}.npz"
-        files = path, validation_file(path)
         if folder.exists() and not folder.is_dir():
             raise MacError(f"--dataset-dir {folder}: that is a file")
         if obtain and collect:
-            collect_data(path, self.simulator, collect, noise=self.collect_noise)
-        (first, *more), validation = data_files(path)
-        if first != path and not validation[0].exists():
-            raise MacError(f"{first}: {validation[0].name} is not beside it, nor any other like it")
-        if obtain and not collect and not (first.exists() and validation[0].exists()):
+            collect_data(path, self.dataset.replace("-play", ""), collect, noise=self.collect_noise)
+        (first, *more), (beside, *_) = data_files(path)
+        if first != path and not beside.exists():
+            raise MacError(f"{first}: {beside.name} is not beside it, nor any other like it")
+        if obtain and not collect and not (first.exists() and beside.exists()):
             try:
                 download(self.dataset, folder)
             except (*DAMAGE, http.client.HTTPException) as error:
                 reason = f"the download of {self.dataset} failed ({error})"
-                if any(file.exists() for file in files) or not self.scripted:
-                    raise MacError(f"{reason}; put {path.name} and {files[1].name} into {folder}"
+                if first.exists() or beside.exists() or not self.scripted:
+                    raise MacError(f"{reason}; put {path.name} and {beside.name} into {folder}"
                                    ) from error
                 say(f"WARNING: {reason}\nWARNING: using {COLLECTED_EPISODES} episodes collected "
                     "with OGBench's scripted policies instead (--collect N for another number)")
@@ -411,7 +410,8 @@ class Gymnasium:
                     name == "action" and not space.is_bounded()):
                 raise MacError(f"--env {self.env_id}: its {name} space is {space}; only flat Box "
                                "spaces, bounded ones of actions, are supported")
-        return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        return explain_rendering(env)
 
     def reset(self, env, task, seed):
         observation, _ = env.reset(seed=seed)
@@ -439,9 +439,8 @@ class Gymnasium:
             raise MacError(f"{path}: {len(episodes)} episodes (.npz, .hdf5 or .h5); there must be "
                            "at least two, one of them for validation")
         order = np.random.default_rng(0).permutation(len(episodes))
-        validation = set(order[:max(1, len(order) // 10)].tolist())
-        return (join([episode for i, episode in enumerate(episodes) if i not in validation]),
-                join([episode for i, episode in enumerate(episodes) if i in validation]))
+        validation, training = np.split(order, [max(1, len(order) // 10)])
+        return [join([episodes[i] for i in sorted(part)]) for part in (training, validation)]
 
 
 # ------------------------------------------------------------------------------- data: files
@@ -474,8 +473,7 @@ def download(name, folder):
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
         socket.setdefaulttimeout(30)  # seconds without a byte; no other socket is opened here
         ogbench.download_datasets([name], temporary)
-        training = pathlib.Path(temporary) / f"{name}.npz"
-        files = (validation_file(training), training)
+        files = sorted(pathlib.Path(temporary).iterdir())
         for file in files:
             if zipfile.ZipFile(file).testzip():
                 raise zipfile.BadZipFile(f"{file.name} arrived damaged")
@@ -616,7 +614,7 @@ def lay_down(world, folder, files, shapes):
     say(f"laying {len(jobs)} of {len(files)} files down in {folder}: this takes "
         f"{needed / 1e9:.3g} of the {free / 1e9:.3g} GB that are free")
     if needed > free:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError("No space left on device")
     shard = 16 * max(rows) * sum(world.sizes)  # bytes of one while it is read
     workers = min(cores(), len(jobs), host_memory() // (shard + 1)) if len(jobs) > 2 else 0
     in_processes(lay_down_file, jobs, workers, "laying down", "file")
@@ -670,8 +668,8 @@ def read_episodes(path, observation_size, action_size, low, high):
         more = arrays["observations"].shape[:1] == (count + 1,)
         states = read("observations", count + more, observation_size)
         rewards = read("rewards", count)
-        following = states[1:] if more else None
-        if not more and "next_observations" in arrays:
+        known, following = more or "next_observations" in arrays, states[more:]
+        if known and not more:
             following = read("next_observations", *states.shape)
         ended, stopped = (np.any([np.zeros(count), *(read(key, count) for key in keys
                                                      if key in arrays)], axis=0)
@@ -682,20 +680,17 @@ def read_episodes(path, observation_size, action_size, low, high):
         if more and (ended | stopped)[:-1].any():
             raise MacError(f"{path}: {group}observations has a row more than actions, which only "
                            "a single episode may have")
-        begin, known = 0, following is not None
-        if known:
-            differ = (following[:-1] != states[1:count]).any(1) & ~(ended | stopped)[:-1]
-            if differ.any():
-                say(f"WARNING: {path}: in {differ.sum()} rows, the first {differ.argmax()}, "
-                    "next_observations is not the next row's observation: are ends missing, or "
-                    "rows out of order?")
-        for end in np.unique([*np.flatnonzero(ended | stopped), count - 1]) + 1:
+        differ = (following[:-1] != states[1:count]).any(1) & ~(ended | stopped)[:-1]
+        if known and differ.any():
+            say(f"WARNING: {path}: in {differ.sum()} rows, the first {differ.argmax()}, "
+                "next_observations is not the next row's observation: are ends missing, or rows "
+                "out of order?")
+        ends = np.unique([*np.flatnonzero(ended | stopped), count - 1]) + 1
+        for begin, end in itertools.pairwise([0, *ends]):
             rows = slice(begin, end if known else end - 1)
-            last = (following if known else states)[end - 1:end]
-            episodes.append((np.concatenate([states[rows], last]), actions[rows], rewards[rows],
-                             known and ended[end - 1]))
+            episodes.append((np.concatenate([states[rows], following[end - 1:end]]), actions[rows],
+                             rewards[rows], known and ended[end - 1]))
             lost += ended[end - 1] and not known
-            begin = end
     if lost:
         say(f"WARNING: {path} has no next_observations: the last states of {lost} episodes that "
             "terminated are not known, and that they did is not learned")
@@ -729,20 +724,16 @@ def read_hdf5(path):
 def join(episodes):
     """Trajectories of what `read_episodes` returns; their last states get actions of zeros."""
     states, actions, rewards, ended = zip(*episodes)
-
-    def padded(arrays):
-        return np.concatenate([np.pad(array, [(0, 1)] + [(0, 0)] * (array.ndim - 1))
-                               for array in arrays])
-    return Trajectories(np.concatenate(states), padded(actions),
-                        np.cumsum([len(array) for array in states]) - 1, padded(rewards),
-                        np.array(ended))
+    ends = np.cumsum([len(array) for array in states]) - 1
+    places = ends - np.arange(len(ends))  # of the zeros among the actions
+    actions, rewards = (np.insert(np.concatenate(arrays), places, 0, axis=0)
+                        for arrays in (actions, rewards))
+    return Trajectories(np.concatenate(states), actions, ends, rewards, np.array(ended))
 
 
 # -------------------------------------------------------------------------- data: collection
 
-INFO_KEYS = ("qpos", "qvel", "button_states")  # what rewards are made from
 COLLECTED_EPISODES = 1000  # OGBench's size; a tenth as many again for validation
-EPISODE_STEPS = 1001
 
 
 def collect_data(path, name, episodes, workers=None, seed=0, noise=PLAY_NOISE):
@@ -766,19 +757,15 @@ def collect_data(path, name, episodes, workers=None, seed=0, noise=PLAY_NOISE):
                     for split, target in enumerate(held) if not target.exists()}
             if jobs:
                 parts.mkdir(exist_ok=True)
-                collect_episodes([job for group in jobs.values() for job in group], workers)
+                every = sum(jobs.values(), [])
+                count = min(workers or cores(), len(every))
+                say(f"collecting {len(every)} episodes of {name} in {count} processes")
+                in_processes(collect_episode, every, count, "collecting", "episode")
             for target, group in jobs.items():
                 arrays = [read_npz(file) for file, *_ in group]
                 write_npz(target, {key: np.concatenate([a[key] for a in arrays])
                                    for key in arrays[0]})
             shutil.rmtree(parts, ignore_errors=True)
-
-
-def collect_episodes(jobs, workers=None):
-    """Run `collect_episode` for every job, over all cores."""
-    workers = min(workers or cores(), len(jobs))
-    say(f"collecting {len(jobs)} episodes of {jobs[0][1]} in {workers} processes")
-    in_processes(collect_episode, jobs, workers, "collecting", "episode")
 
 
 def host_memory():
@@ -844,7 +831,7 @@ def oracle_env(name, noise):
     from ogbench.manipspace.oracles.plan import button_plan, cube_plan, drawer_plan, window_plan
 
     env = gymnasium.make(name, mode="data_collection", terminate_at_goal=False,
-                         max_episode_steps=EPISODE_STEPS)
+                         max_episode_steps=1001)
     given = {"env": env, "noise": noise, "noise_smoothing": 0.5}
     oracles = {
         "cube": cube_plan.CubePlanOracle(**given),
@@ -873,7 +860,7 @@ def run_oracle(name, noise, seed_sequence):
         following, _, terminated, truncated, info = env.step(action)
         done = terminated or truncated
         rows.append({"observations": observation, "actions": action, "terminals": done,
-                     **{key: info[f"prev_{key}"] for key in INFO_KEYS if f"prev_{key}" in info}})
+                     **{key[5:]: info[key] for key in info if key.startswith("prev_")}})
         if oracle.done:
             new_observation, new_info = env.unwrapped.set_new_target(p_stack=stacking)
             oracle = oracles[new_info["privileged/target_task"]]
@@ -910,12 +897,12 @@ class Evaluator:
         success is None in simulators that do not tell.
         """
         execute = min(execute or agent.config.execute, agent.config.chunk)
-        jobs = collections.deque((t, e) for t in self.world.tasks for e in range(episodes))
+        jobs = list(itertools.product(self.world.tasks, range(episodes)))
         while len(self.envs) < min(self.environments, len(jobs)):
             self.envs.append(self.world.make())
         generator = torch.Generator(agent.device).manual_seed(seed)
         results = {task: [] for task in self.world.tasks}
-        active = [Episode(self.world, env, *jobs.popleft(), seed) for env in self.envs if jobs]
+        active = [Episode(self.world, env, *jobs.pop(0), seed) for env in self.envs if jobs]
         with concurrent.futures.ThreadPoolExecutor(cores()) as threads:
             while active and not stop():
                 idle = [episode for episode in active if not episode.plan]
@@ -930,7 +917,7 @@ class Evaluator:
                     if episode.done:
                         results[episode.task].append(
                             (episode.success, episode.reward, episode.length))
-                        active[i] = (Episode(self.world, episode.env, *jobs.popleft(), seed)
+                        active[i] = (Episode(self.world, episode.env, *jobs.pop(0), seed)
                                      if jobs else None)
                 active = [episode for episode in active if episode]
         return None if active else results
@@ -983,22 +970,17 @@ def headline(row):
 
 # -------------------------------------------------------------------------------------- report
 
-def check_simulator(run, world):
-    """Raises MacError if there is none."""
-    if not world.tasks:
-        raise MacError(f"{run}: there is no simulator to play in")
-
-
 def evaluate(run, agent, args):
     """Play episodes, print the table. -> the dictionary that --json writes"""
     config, world = agent.config, agent.config.world
     if args.video:
         world.pixels = args.video_size
-    check_simulator(run, world)
+    if not world.tasks:
+        raise MacError(f"{run}: there is no simulator to play in")
     execute = min(args.execute or config.execute, config.chunk)
     candidates = args.candidates or config.eval_candidates
     episodes = args.episodes or config.eval_episodes
-    frames = collections.defaultdict(list)
+    frames = {task: [] for task in world.tasks}
 
     def record(episode):  # a third of the frames, about as fast as it happened
         if args.video and episode.number == 0 and (episode.length % 3 == 1 or episode.done):
@@ -1026,7 +1008,7 @@ def evaluate(run, agent, args):
         table["overall"].update(d4rl_score=score)
         say(f"D4RL's normalised score: {score:.1f} ± {error:.1f} (D4RL's own is of -v2)")
     if args.video:
-        write_video(args.video, [frame for task in sorted(frames) for frame in frames[task]])
+        write_video(args.video, sum(frames.values(), []))
     return {"env": config.env, "policy": config.policy, "step": agent.step, "seed": args.seed,
             "episodes": episodes, "execute": execute, "candidates": candidates,
             "overall": table.pop("overall"), "tasks": table}
@@ -1049,8 +1031,7 @@ def model_error(agent, dataset, steps, trajectories=2000):
         longest = int(ends.diff(prepend=ends.new_tensor([-1])).max()) - 1
         raise MacError(f"--model-error-steps {steps}: needs at least one chunk ({n} actions) "
                        f"and a trajectory of that length; the longest has {longest} steps")
-    count = min(trajectories, total)
-    pick = torch.linspace(0, total - 1, count, dtype=torch.float64).long()  # (count,)
+    pick = torch.linspace(0, total - 1, min(trajectories, total), dtype=torch.float64).long()
     k = torch.searchsorted(starts_up_to, pick, right=True)
     starts = ends[k] + 1 - span - (starts_up_to[k] - pick)
     prediction, errors = agent.normalizer(dataset.observations[starts]), [(0, 0.0)]
@@ -1071,7 +1052,7 @@ def compare_model_errors(mac, args):
         n, dataset = agent.config.chunk, validation_of(mac, agent, agent.config.world, args)
         curve = model_error(agent, dataset, args.model_error_steps)
         text = "".join(f"{steps},{error}\n" for steps, error in [("steps", "mse"), *curve])
-        write(pathlib.Path(run) / "model_error.csv", text.encode())
+        write(run / "model_error.csv", text.encode())
         curves[f"n = {n}, {run}"] = curve[1:]
         shown = [point for point in curve[1:] if point[0] % 25 == 0] or curve[1:]
         say(f"n = {n}, {run}:", ", ".join(f"{s} steps {e:.4g}" for s, e in shown))
@@ -1084,8 +1065,7 @@ def compare_model_errors(mac, args):
             say(f"terminations: right of {len(right[0])} chunks with one {right[0].mean():.1%}, of "
                 f"{len(right[1])} without {right[1].mean():.1%}")
     if args.plot is not None:
-        path = args.plot or pathlib.Path(args.runs[0]) / "model_error.png"
-        with picture(path, 1) as (panel,):
+        with picture(args.plot or args.runs[0] / "model_error.png", 1) as (panel,):
             for label, curve in curves.items():
                 panel.plot(*zip(*curve), marker="." if len(curve) < 30 else "", label=label)
             panel.set(xlabel="environment steps", ylabel="mean squared error", yscale="log")
@@ -1156,7 +1136,7 @@ def compare_reach(mac, args):
         begin = (agent.enter(*world.reset(world.env, task, seed)) for seed in range(10))
         begins[task] = agent.value(*map(torch.cat, zip(*begin))).mean().item()
     text = "".join(",".join(map(str, row)) + "\n" for row in [names, *rows])
-    write(pathlib.Path(args.runs[0]) / "reach.csv", text.encode())
+    write(args.runs[0] / "reach.csv", text.encode())
     what = "a goal" if goals else "a rise of the reward"
     say(f"validation states some steps before {what}"
         + (f'; "never" is worth {never:.2f}' if goals else ""))
@@ -1167,7 +1147,7 @@ def compare_reach(mac, args):
                                               for task, value in begins.items()))
     if args.plot is None:
         return
-    with picture(args.plot or pathlib.Path(args.runs[0]) / "reach.png", 2) as panels:
+    with picture(args.plot or args.runs[0] / "reach.png", 2) as panels:
         for index, name in enumerate(names[1:], 1):
             panel = panels[int(name in ("success", "reward", "agreement"))]
             panel.plot([row[0] for row in rows], [row[index] for row in rows],
@@ -1205,7 +1185,8 @@ def compare_imagination(mac, args, steps=100):
     frames, film, count = [], args.imagine.endswith(".gif"), max(1, steps // n)
     if film:
         world.pixels = args.video_size
-    check_simulator(args.runs[0], world)
+    if not world.tasks:
+        raise MacError(f"{args.runs[0]}: there is no simulator to play in")
     env = world.env
     observation, goal = world.reset(env, world.tasks[0], args.seed)
     rollout = agent.imagine(*agent.enter(observation, goal),
@@ -1280,17 +1261,16 @@ def picture(path, panels):
 
 def plot_curves(args):
     """Success (eval.csv) and losses (train.csv) over gradient steps."""
-    runs = [pathlib.Path(run) for run in args.runs]
-    with picture(args.plot or runs[0] / "curve.png", 2) as (success, losses):
-        for run, style in zip(runs, itertools.cycle(("-", "--", ":", "-."))):
+    with picture(args.plot or args.runs[0] / "curve.png", 2) as (success, losses):
+        for run, style in zip(args.runs, itertools.cycle(("-", "--", ":", "-."))):
             rows = read_csv(run / "train.csv")
             if not rows or "step" not in rows[0]:
                 raise MacError(f"{run / 'train.csv'} is not there or has no rows: nothing to plot")
-            for color, name in enumerate(("flow", "distill", "dynamics", "reward", "success",
-                                          "value", "critic", "termination")):
+            for color, name in enumerate(name for name in rows[0]
+                                         if name != "step" and "_" not in name):
                 kept = [row for row in rows if row.get(name)]  # blank in the warmup
                 losses.plot(*[[float(row[key]) for row in kept] for key in ("step", name)], style,
-                            color=f"C{color}", label=name if kept and run is runs[0] else None)
+                            color=f"C{color}", label=name if kept and run is args.runs[0] else None)
             rows = [row for row in read_csv(run / "eval.csv") if row["task"] == "overall"]
             known = all(row["success"] for row in rows)  # not so in one's own simulators
             keys = ("success", "stderr") if known else ("return", "return_stderr")
@@ -1303,10 +1283,8 @@ def plot_curves(args):
 
 
 def read_csv(path):
-    if not path.exists():
-        return []
-    with open(path, newline="", errors="replace") as file:
-        return list(csv.DictReader(file))
+    text = path.read_text(errors="replace") if path.exists() else ""
+    return list(csv.DictReader(text.splitlines()))
 
 
 # -------------------------------------------------------------------------------- command line
@@ -1314,7 +1292,7 @@ def read_csv(path):
 def parse(argv):
     parser = Parser("eval.py", allow_abbrev=False, description="Evaluate runs of mac.py.")
     add, positive = parser.add_argument, number(int, 1)
-    add("runs", nargs="+", metavar="RUN", help="run folder")
+    add("runs", nargs="+", metavar="RUN", type=pathlib.Path, help="run folder")
     add("--episodes", type=positive, help="per task (default: the run's setting)")
     add("--execute", type=positive, help="actions of each chunk executed (default: the run's)")
     add("--candidates", type=positive, help="N; 1 is the cloned behaviour (default: the run's)")
@@ -1337,7 +1315,8 @@ def parse(argv):
     plays = not (args.model_error or args.reach or args.imagine or args.plot is not None)
     if (args.json or args.video) and not plays:
         raise MacError("--json and --video are of played episodes")
-    if args.model_error + args.reach + bool(args.imagine) > 1 or args.imagine and args.plot:
+    if args.model_error + args.reach + bool(args.imagine) > 1 or (
+            args.imagine and args.plot is not None):
         raise MacError("--model-error, --reach and --imagine do not go together, nor --plot with "
                        "the latter")
     if (args.json or args.video or args.imagine or args.reach) and len(args.runs) > 1:

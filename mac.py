@@ -132,7 +132,7 @@ class Config:
     tensorboard: bool = setting(False, "write the numbers of the .csv files for TensorBoard too")
     log_interval: int = setting(1000, "steps between rows of train.csv; 0: never", low=0)
     eval_interval: int = setting(100_000, "steps between evaluations; 0: none at all", low=0)
-    save_interval: int = setting(10_000, "steps between checkpoints; 0: only the last", low=0)
+    save_interval: int = setting(10_000, "steps between checkpoints; 0: only first and last", low=0)
     eval_episodes: int = setting(15, "episodes per task in an evaluation", low=1)
 
     def __post_init__(self):
@@ -191,11 +191,9 @@ class ChunkDataset:
         if not self.total_starts:
             raise MacError("no trajectory of the training or of the validation data has the "
                            f"{config.chunk} actions of a chunk: try a smaller --chunk")
-        self.first_start, self.starts = 0, self.total_starts  # what is drawn from: all of them
-        self.first_state, self.states = 0, len(observations)  # and these as random goals
-        if config.window:
-            self.starts = min(config.window, self.starts)
-            self.states = min(config.window, self.states)
+        window = config.window or len(observations)  # 0: all
+        self.first_start, self.starts = 0, min(window, self.total_starts)  # what is drawn from
+        self.first_state, self.states = 0, min(window, len(observations))  # and as random goals
         self.offsets = torch.arange(config.chunk, device=ends.device)
         weights = config.discount ** self.offsets
         self.reward_weights = weights / config.chunk if config.chunk_reward == "mean" else weights
@@ -377,24 +375,6 @@ class Nearness(nn.Module):
 
 # ----------------------------------------------------------------------------- flow policy
 
-def flow_matching_loss(velocity, x_0, x_1, observation, goal, generator, taken=1):
-    """Eq. 7: regress the velocity x_1 - x_0 at a random point of the straight line from noise
-    x_0 to data x_1, both (B, D), where `taken` is 1. A velocity is called with observation, goal,
-    x (..., D), t (..., 1)."""
-    t = torch.rand(len(x_1), 1, generator=generator, device=x_1.device)
-    x_t = (1 - t) * x_0 + t * x_1
-    return F.mse_loss(taken * velocity(observation, goal, x_t, t), taken * (x_1 - x_0))
-
-
-def euler(velocity, x_0, observation, goal, steps):
-    """Follow the velocity field from x_0 (..., D) at t = 0 to t = 1 in equal Euler steps."""
-    x = x_0
-    for i in range(steps):
-        t = torch.full_like(x[..., :1], i / steps)
-        x = x + velocity(observation, goal, x, t) / steps
-    return x
-
-
 def low_precision(config, tensor):
     """Where no gradient is needed --precision may lower that of hidden layers: for proposals,
     their scores, imagined rewards and the flow that is to be distilled."""
@@ -417,8 +397,22 @@ class FlowPolicy(nn.Module):
         return torch.randn(*observation.shape[:-1], self.chunk_size, generator=generator,
                            device=observation.device)
 
-    def flow(self, observation, goal, z):
-        return euler(self.velocity, z, observation, goal, self.config.flow_steps).clamp(-1, 1)
+    def flow(self, observation, goal, x, steps=None):
+        """Follow the velocity from noise x (..., D) at t = 0 to t = 1 in F equal Euler steps."""
+        steps = steps or self.config.flow_steps
+        for i in range(steps):
+            t = torch.full_like(x[..., :1], i / steps)
+            x = x + self.velocity(observation, goal, x, t) / steps
+        return x.clamp(-1, 1)
+
+    def flow_loss(self, batch, generator):
+        """Eq. 7: regress the velocity x_1 - x_0 at a random point of the straight line from noise
+        x_0 to data x_1, both (B, D), where actions were taken."""
+        observation, goal, x_1 = batch.observation, batch.actor_goal, batch.chunk
+        x_0 = self.noise(observation, goal, generator)
+        t = torch.rand(len(x_1), 1, generator=generator, device=x_1.device)
+        velocity = self.velocity(observation, goal, (1 - t) * x_0 + t * x_1, t)
+        return F.mse_loss(batch.taken * velocity, batch.taken * (x_1 - x_0))
 
     def loss(self, batch, generator):
         observation, goal = batch.observation, batch.actor_goal
@@ -426,12 +420,8 @@ class FlowPolicy(nn.Module):
         with torch.no_grad(), low_precision(self.config, z):
             teacher = self.flow(observation, goal, z)
         chunk = self.one_step(observation, goal, z)
-        x_0 = self.noise(observation, goal, generator)
-        return {
-            "flow": flow_matching_loss(self.velocity, x_0, batch.chunk, observation, goal,
-                                       generator, batch.taken),
-            "distill": F.mse_loss(batch.taken * chunk, batch.taken * teacher),
-        }
+        return {"flow": self.flow_loss(batch, generator),
+                "distill": F.mse_loss(batch.taken * chunk, batch.taken * teacher)}
 
     def propose(self, observation, goal, generator):
         """A chunk (..., D) in [-1, 1] for each row of observation (..., O) and goal (..., G)."""
@@ -439,9 +429,6 @@ class FlowPolicy(nn.Module):
         if self.config.eval_flow and not self.training:  # of the two the finer, and the slower
             return self.flow(observation, goal, z)
         return self.one_step(observation, goal, z).clamp(-1, 1)
-
-
-POLICIES["flow"] = FlowPolicy
 
 
 # ------------------------------------------------------------------------------- the agent
@@ -468,7 +455,7 @@ def returns(rewards, masks, final_value, discount):
 
 class Agent(nn.Module):
     """The networks of MAC and what they compute together, of normalised observations and goals:
-    raw ones enter by `losses` and `act`. `columns` are the G coordinates of an observation that
+    raw ones enter by `losses` and `enter`. `columns` are the G coordinates of an observation that
     make it a goal: none where a reward fixes the task."""
 
     def __init__(self, observation_size, action_size, columns, config):
@@ -542,8 +529,7 @@ class Agent(nn.Module):
     def best_of(self, count, observation, goal, generator):
         """Eq. 4: of N proposals the one that Q ranks first. (B, O), (B, G) -> (B, D)"""
         chunks, q = self.proposals(count, observation, goal, generator)
-        best = q.argmax(1)[:, None, None].expand(-1, 1, chunks.shape[-1])  # (B, 1, D)
-        return chunks.gather(1, best)[:, 0]
+        return chunks.take_along_dim(q.argmax(1)[:, None, None], 1)[:, 0]
 
     @torch.no_grad()
     def imagine(self, observation, goal, generator, horizon=None, candidates=None):
@@ -663,14 +649,11 @@ class OneStepPolicy(FlowPolicy):
         del self.one_step
 
     def loss(self, batch, generator):
-        observation, goal = batch.observation, batch.actor_goal
-        x_0 = self.noise(observation, goal, generator)
-        return {"flow": flow_matching_loss(self.velocity, x_0, batch.chunk, observation, goal,
-                                           generator, batch.taken)}
+        return {"flow": self.flow_loss(batch, generator)}
 
     def propose(self, observation, goal, generator):
         z = self.noise(observation, goal, generator)
-        return euler(self.velocity, z, observation, goal, steps=1).clamp(-1, 1)
+        return self.flow(observation, goal, z, steps=1)
 
 
 class CenteredPolicy(FlowPolicy):
@@ -682,8 +665,7 @@ class CenteredPolicy(FlowPolicy):
         self.center = MLP(observation_size + goal_size, chunk_size, config.width)
 
     def noise(self, observation, goal, generator):
-        with torch.no_grad():
-            center = self.center(observation, goal)
+        center = self.center(observation, goal).detach()
         return center + 0.3 * super().noise(observation, goal, generator)
 
     def loss(self, batch, generator):
@@ -741,8 +723,8 @@ class FQLAgent(Agent):
         return {**losses, "extract": -q.mean() / q.abs().mean().detach()}, rollout
 
 
-POLICIES.update(centered=CenteredPolicy, onestep=OneStepPolicy, gaussian=GaussianPolicy,
-                fql=FlowPolicy)
+POLICIES.update(flow=FlowPolicy, centered=CenteredPolicy, onestep=OneStepPolicy,
+                gaussian=GaussianPolicy, fql=FlowPolicy)
 AGENTS = {"fql": FQLAgent}  # of policies that change more than the proposals
 
 
@@ -985,8 +967,8 @@ def make_optimizer(agent):
 
 
 def make_generators(seed, *devices):
-    """One generator per device given, their streams independent of each other. Batches, training
-    noise and validation have one each, as has an evaluation, so that how often one logs or
+    """One generator per device given, their streams independent of each other. Batches and
+    training noise have one each, validation and evaluation others, so that how often one logs or
     evaluates does not change what is learned."""
     seeds = np.random.SeedSequence(seed).generate_state(len(devices))
     return [torch.Generator(d).manual_seed(int(s)) for d, s in zip(devices, seeds)]
@@ -1008,18 +990,13 @@ def capture(step, agent, optimizer, generator):
     graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         result = step()
-    with torch.no_grad():
-        agent.load_state_dict(saved[0])
-        for index, state in optimizer.state_dict()["state"].items():
-            for name, tensor in state.items():
-                before = saved[1]["state"].get(index, {}).get(name)
-                tensor.zero_() if before is None else tensor.copy_(before)
+    agent.load_state_dict(saved[0])
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, tensor in state.items():
+            before = saved[1]["state"].get(index, {}).get(name)
+            tensor.zero_() if before is None else tensor.copy_(before)
     generator.set_state(random_state)
-
-    def replay():
-        graph.replay()
-        return result
-    return replay
+    return graph, result
 
 
 def timed(function, times, device):
@@ -1188,12 +1165,11 @@ class Run:
     def __init__(self, config, device, world, training, validation):
         self.config, self.device = config, device
         torch.manual_seed(config.seed)
-        observations, actions = training[:2]
         # The agent's configuration is this process's share of every batch, the run's the whole.
-        self.agent = make_agent(observations.shape[1], actions.shape[1], world.columns,
-                                share(config))
-        known = training.limits is not None  # then what lies between them need not be read
-        self.agent.normalizer.fit(torch.as_tensor(training.limits if known else observations))
+        self.agent = make_agent(training.observations.shape[1], training.actions.shape[1],
+                                world.columns, share(config))
+        limits = training.observations if training.limits is None else training.limits
+        self.agent.normalizer.fit(torch.as_tensor(limits))  # what lies between need not be read
         self.agent.to(device)
         self.dataset, self.validation = (make_dataset(arrays, world.columns, config, device)
                                          for arrays in (training, validation))
@@ -1222,27 +1198,26 @@ class Run:
         say(f"resuming at step {self.step} of {self.config.steps}")
 
     def make_step(self, warmup=False):
-        """A function of no arguments that draws a batch, does one update, returns its losses."""
+        """A function of no arguments that draws a batch, does one update, returns its metrics."""
         data, noise = self.generators
 
-        def sample():
+        def sample(stream):
             if self.config.window:
                 self.dataset.slide_window(self.step)
-            return to_device(self.dataset.sample(self.agent.config.batch_size, data), self.device)
+            return to_device(self.dataset.sample(self.agent.config.batch_size, stream), self.device)
 
         if self.device.type != "cuda":
-            return lambda: update(self.agent, self.optimizer, sample(), noise, warmup)
-        # The graph reads its batch at a fixed place: a copy of the first one, drawn again later.
-        state = data.get_state()
-        place = Batch(*(tensor.clone() for tensor in sample()))
-        data.set_state(state)
-        replay = capture(lambda: update(self.agent, self.optimizer, place, noise, warmup),
-                         self.agent, self.optimizer, noise)
+            return lambda: update(self.agent, self.optimizer, sample(data), noise, warmup)
+        # The graph reads its batch at a fixed place, where the trial finds one of another stream.
+        place = sample(torch.Generator(data.device))
+        graph, result = capture(lambda: update(self.agent, self.optimizer, place, noise, warmup),
+                                self.agent, self.optimizer, noise)
 
         def step():
-            for there, tensor in zip(place, sample()):
+            for there, tensor in zip(place, sample(data)):
                 there.copy_(tensor)
-            return replay()
+            graph.replay()
+            return result
         return step
 
     def due(self, interval):
@@ -1344,9 +1319,8 @@ class Run:
 def train(config, device, folder, checkpoint):
     """Train in `folder` until `config.steps`, a signal or an error. -> exit status"""
     world = config.world
-    folder_of_data = home(config.dataset_dir, "--dataset-dir")
     # Only process 0 looks, which may mean to download or to collect.
-    found = None if RANK else world.find(folder_of_data, config.collect)
+    found = None if RANK else world.find(home(config.dataset_dir, "--dataset-dir"), config.collect)
     path, source, config.collect = gathered(found)[0]
     training, validation = world.data(path)
     config.terminations = config.terminations and bool(training.terminated.any())
@@ -1450,6 +1424,7 @@ def parse(argv):
 def check(config):
     """Raises MacError for settings with which nothing can be learned, before data are collected."""
     world = config.world
+    share(config)  # an error now rather than after a collection
     if config.success == "near" and not world.fixed:
         if not hasattr(world, "tolerances"):
             raise MacError(f"--success near: the world of {config.env!r} has no `tolerances`")
@@ -1482,21 +1457,18 @@ def resumed(saved, config, given):
 def main(argv):
     given, resume, updates = parse(argv)
     config = Config(**given)
-    device = set_up_device(config.device)  # an error now rather than after a collection
-    share(config)  # likewise
     if updates:
         check(config)
-        return say(json.dumps(benchmark(config, device, updates)))
+        return say(json.dumps(benchmark(config, set_up_device(config.device), updates)))
     name = config.env or pathlib.Path(config.data).stem
     folder = home(config.save_dir or f"exp/{name}-seed{config.seed}", "--save-dir")
     with lock(folder) if RANK == 0 else contextlib.nullcontext():
-        checkpoint = None
         exists = any(any(folder.glob(name)) for name in ("*.json", "*.csv", "checkpoint*.pt"))
         if exists and not resume:
             raise MacError(f"{folder} already holds a run: --resume continues it, --save-dir "
                            "or --seed starts another")
+        checkpoint = load_checkpoint(folder) if exists else None
         if exists:
-            checkpoint = load_checkpoint(folder)
             with must_fit(folder):
                 config = resumed(checkpoint, config, given)
         elif resume:

@@ -182,28 +182,42 @@ def test_what_is_trained_is_what_is_used_whatever_a_reader_does(change):
     assert low.dtype == torch.float32 and torch.allclose(low, quick, atol=0.1)
 
 
+class Field(torch.nn.Module):
+    """A velocity that is a plain function of x and t, and keeps what it was asked about."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, observation, goal, x, t):
+        self.x, self.t = x, t
+        return self.function(x, t)
+
+
+def flow_policy(function=None, **settings):
+    policy = mac.FlowPolicy(2, 1, 4, config(**settings))
+    if function:
+        policy.velocity = Field(function)
+    return policy
+
+
 def test_euler_on_fields_with_known_solutions():
-    x_0 = torch.randn(6, 2)
-    none = torch.zeros(6, 0)
-    grow = lambda s, g, x, t: x  # noqa: E731 dx/dt = x: Euler gives (1 + 1/F)^F, the ODE e
-    assert torch.allclose(mac.euler(grow, x_0, none, none, 10), x_0 * 1.1 ** 10, atol=1e-5)
-    assert torch.allclose(mac.euler(grow, x_0, none, none, 5000), x_0 * math.e, atol=1e-2)
-    clock = lambda s, g, x, t: 2 * t.expand_as(x)  # noqa: E731 sum of 2 i / F^2 = 1 - 1/F
-    assert torch.allclose(mac.euler(clock, x_0, none, none, 8), x_0 + 1 - 1 / 8, atol=1e-6)
+    x_0 = torch.randn(6, 4).clamp(-1, 1) / 3
+    grow = flow_policy(lambda x, t: x, flow_steps=10)  # dx/dt = x: Euler's (1 + 1/F)^F, not e
+    assert torch.allclose(grow.flow(None, None, x_0), x_0 * 1.1 ** 10, atol=1e-5)
+    assert torch.allclose(grow.flow(None, None, x_0, 5000), x_0 * math.e, atol=1e-2)
+    clock = flow_policy(lambda x, t: t.expand_as(x))  # the sum of i / F^2 is (1 - 1/F) / 2
+    assert torch.allclose(clock.flow(None, None, x_0, 8), x_0 + (1 - 1 / 8) / 2, atol=1e-6)
+    assert torch.equal(clock.flow(None, None, x_0 + 9, 8), torch.ones(6, 4))
 
 
 def test_flow_matching_target_and_path():
-    seen = {}
-
-    def velocity(observation, goal, x_t, t):
-        seen.update(x_t=x_t, t=t)
-        return torch.zeros_like(x_t)
-
-    x_0, x_1 = torch.randn(2, 5, 2)
-    loss = mac.flow_matching_loss(velocity, x_0, x_1, None, None, generator(3))
-    assert torch.allclose(loss, ((x_1 - x_0) ** 2).mean())
-    assert torch.allclose(seen["x_t"], x_0 + seen["t"] * (x_1 - x_0), atol=1e-6)
-    assert seen["t"].shape == (5, 1) and 0 <= seen["t"].min() and seen["t"].max() <= 1
+    policy, batch = flow_policy(lambda x, t: 0 * x), toy_batch(torch.randn(5, 4), 1, 2)
+    loss, x_0 = policy.flow_loss(batch, generator(3)), torch.randn(5, 4, generator=generator(3))
+    assert torch.allclose(loss, ((batch.chunk - x_0) ** 2).mean())
+    t = policy.velocity.t
+    assert torch.allclose(policy.velocity.x, x_0 + t * (batch.chunk - x_0), atol=1e-6)
+    assert t.shape == (5, 1) and 0 <= t.min() and t.max() <= 1
 
 
 def toy_batch(chunk, goal_width=0, observation_width=1):
@@ -242,7 +256,7 @@ def test_flow_keeps_two_modes_and_a_gaussian_does_not(kind, steps):
 
 
 def test_distillation_fits_the_clipped_teacher_and_gives_it_no_gradient():
-    policy = mac.FlowPolicy(2, 1, 4, config(flow_steps=3))
+    policy = flow_policy(flow_steps=3)
     batch = toy_batch(torch.rand(6, 4) * 2 - 1, 1, 2)
     loss = policy.loss(batch, generator(1))["distill"]
     x = z = torch.randn(6, 4, generator=generator(1))
@@ -305,7 +319,7 @@ def test_exact_proposals_come_from_the_flow_itself():
     agent = make_agent(flow_steps=3, eval_flow=True).eval()
     observation, goal = torch.randn(5, 4), torch.randn(5, 2)
     z = torch.randn(5, 1, 6, generator=generator(2))[:, 0]
-    expected = mac.euler(agent.policy.velocity, z, observation, goal, 3).clamp(-1, 1)
+    expected = agent.policy.flow(observation, goal, z, 3)
     chunk = agent.act(observation.numpy(), goal.numpy(), candidates=1, generator=generator(2))
     assert np.allclose(chunk.reshape(5, 6), expected.detach(), atol=1e-5)
 
@@ -631,19 +645,14 @@ def test_gaussian_log_likelihood():
 
 
 def test_onestep_is_the_flow_policy_with_one_euler_step():
-    flow, one = mac.FlowPolicy(2, 1, 4, config()), mac.OneStepPolicy(2, 1, 4, config())
+    flow, one = flow_policy(flow_steps=10), mac.OneStepPolicy(2, 1, 4, config())
     one.velocity.load_state_dict(flow.velocity.state_dict())
     observation, goal = torch.randn(9, 2), torch.randn(9, 1)
     z = torch.randn(9, 4, generator=generator(3))
-    expected = mac.euler(flow.velocity, z, observation, goal, 1).clamp(-1, 1)
+    expected = (z + flow.velocity(observation, goal, z, torch.zeros(9, 1))).clamp(-1, 1)
     assert torch.equal(one.propose(observation, goal, generator(3)), expected)
     batch = toy_batch(torch.rand(3, 4), 1, 2)
-    loss = one.loss(batch, generator(4))
-    assert set(loss) == {"flow"}
-    noise = generator(4)
-    assert torch.equal(loss["flow"], mac.flow_matching_loss(
-        flow.velocity, torch.randn(3, 4, generator=noise), batch.chunk, batch.observation,
-        batch.actor_goal, noise))
+    assert one.loss(batch, generator(4)) == {"flow": flow.flow_loss(batch, generator(4))}
 
 
 def test_centered_flows_start_around_a_regression_that_they_do_not_move():
@@ -737,12 +746,12 @@ def test_collection_is_the_same_with_one_worker_and_loads_in_ogbench(data_dir, t
 def test_seeds_of_collected_episodes_and_scenes_that_never_succeed(tmp_path, monkeypatch):
     jobs = []
 
-    def collect(given, workers):
+    def collect(function, given, *_):
         jobs.extend(given)
         for file, *_ in given:
             world.write_npz(file, {"x": np.ones(1)})
 
-    monkeypatch.setattr(world, "collect_episodes", collect)
+    monkeypatch.setattr(world, "in_processes", collect)
     world.collect_data(tmp_path / "data.npz", "any", 25, seed=7)
     assert [seeds for *_, seeds in jobs] == [(7, 0, i) for i in range(2)] + [
         (7, 1, i) for i in range(25)]  # a tenth for validation, whose stream comes first
@@ -804,13 +813,13 @@ def test_a_collection_takes_up_an_interrupted_one_and_keeps_what_it_cannot_open(
 def test_collections_side_by_side_do_not_take_each_others_files(tmp_path, monkeypatch):
     made = []
 
-    def slow(jobs, workers):
+    def slow(function, jobs, *_):
         time.sleep(0.1)
         for file, *_ in jobs:
             world.write_npz(file, {"episodes": np.ones(1)})
         made.append(len(jobs) - 1)
 
-    monkeypatch.setattr(world, "collect_episodes", slow)
+    monkeypatch.setattr(world, "in_processes", slow)
     with concurrent.futures.ThreadPoolExecutor(5) as pool:
         list(pool.map(lambda n: world.collect_data(tmp_path / f"data{n}.npz", "any", n),
                       (1, 2, 3, 3, 3)))
@@ -1165,10 +1174,9 @@ def test_losses_do_not_see_actions_that_were_not_taken():
     taken = torch.arange(4) < torch.tensor([[4], [4], [2], [2], [3], [1]])
     batch = batch._replace(taken=taken.float())
     z, t = torch.randn(6, 4, generator=generator(3)), torch.zeros(6, 1)
-    flow = mac.flow_matching_loss(lambda s, g, x, t: 0 * x, z, batch.chunk, None, None,
-                                  generator(), batch.taken)
+    flow = flow_policy(lambda x, t: 0 * x).flow_loss(batch, generator(3))
     assert torch.isclose(flow, ((batch.chunk - z) ** 2)[batch.taken == 1].sum() / 24)
-    policy = mac.FlowPolicy(2, 1, 4, config(flow_steps=1))
+    policy = flow_policy(flow_steps=1)
     loss = policy.loss(batch, generator(3))
     s, g = batch.observation, batch.actor_goal
     error = policy.one_step(s, g, z) - (z + policy.velocity(s, g, z, t)).clamp(-1, 1)
@@ -1646,7 +1654,7 @@ def test_a_large_collection_is_in_shards_that_are_collected_one_by_one(tmp_path,
     monkeypatch.setattr(world, "COLLECTED_EPISODES", 20)
     jobs, wait = [], []
 
-    def collect(given, workers):
+    def collect(function, given, *_):
         if len(wait) == 2:
             raise KeyboardInterrupt
         wait.append(0)
@@ -1654,7 +1662,7 @@ def test_a_large_collection_is_in_shards_that_are_collected_one_by_one(tmp_path,
         for file, *_, (_, split, i) in given:
             world.write_npz(file, {"x": np.full(2, split * 100 + i)})
 
-    monkeypatch.setattr(world, "collect_episodes", collect)
+    monkeypatch.setattr(world, "in_processes", collect)
     path = tmp_path / "data.npz"
     with pytest.raises(KeyboardInterrupt):
         world.collect_data(path, "any", 45)
@@ -1970,7 +1978,7 @@ def test_the_readmes_policy_outcome_and_world_from_a_file_of_ones_own(tmp_path, 
         assert type(agent.policy) is mine.Smooth and type(agent.outcome) is mine.Near
         assert world.main([str(tmp_path / "run"), "--episodes", "3"]) == 0
     assert "overall" in capsys.readouterr().out
-    states, actions, ends, rewards, *_ = mine.Line().data(pathlib.Path("line.npz"))[0]
+    states, actions, ends, rewards, *_ = mine.Line().data("")[0]
     assert len(states) == len(actions) == len(rewards) == ends[-1] + 1
     simulator = mine.Line()
     simulator.reset(simulator, 1, 0)
