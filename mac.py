@@ -112,8 +112,7 @@ class Config:
     width: int = setting(512, "hidden units in each of the 4 layers; goal-conditioned 1024", low=1)
     batch_size: int = setting(256, "chunks per gradient step; goal-conditioned 1024", low=1)
     rollout_batch_size: int = setting(0, "of a batch's states those rolled out; 0: all", low=0)
-    optimizer: str = setting("adam", "muon is not in the paper", choices=("adam", "muon"))
-    learning_rate: float = setting(3e-4, "its step size", low=0)
+    learning_rate: float = setting(3e-4, "step size of Adam", low=0)
     warmup: float = setting(0.0, "share of the steps, the first, without V and Q", low=0, high=0.99)
     decay: bool = setting(False, "after the warmup, let the learning rate fall linearly to zero")
     freeze: bool = setting(False, "not in the paper: models and policy learn in the warmup alone "
@@ -745,14 +744,14 @@ SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5
 # Goals need more. In play data the gripper is hardly ever beside a cube that it is about to take,
 # so nothing teaches small networks to mend their aim: noisier plans do. And a critic learned in so
 # few steps does not tell the proposals for a state apart.
-SMALL_WITH_GOALS = {"collect_noise": 0.3, "policy": "centered", "optimizer": "muon",
-                    "learning_rate": 6e-3, "success": "near", "critic": "model", "freeze": True,
-                    "warmup": 0.6, "value_goals": (0.1, 0.7, 0.2, 0.0), "horizon": 6, "execute": 3}
-SMALL_SIZES = {"cube-single": {"collect": 200, "steps": 8000},  # the ids for which it was measured
-               "cube-double": {"collect": 1000, "steps": 20_000, "eval_interval": 4000,
+SMALL_WITH_GOALS = {"collect_noise": 0.3, "policy": "centered", "learning_rate": 3e-3,
+                    "success": "near", "critic": "model", "freeze": True, "warmup": 0.6,
+                    "value_goals": (0.1, 0.7, 0.2, 0.0), "horizon": 6, "execute": 3}
+SMALL_SIZES = {"cube-single": {"collect": 200, "steps": 20_000},  # the ids it was measured for
+               "cube-double": {"collect": 1000, "steps": 50_000, "eval_interval": 10_000,
                                "eval_episodes": 10},
-               "puzzle-3x3": {"collect": 300, "steps": 10_000},
-               "scene": {"collect": 150, "steps": 8000}}
+               "puzzle-3x3": {"collect": 300, "steps": 25_000},
+               "scene": {"collect": 150, "steps": 20_000}}
 
 
 def presets(config):
@@ -916,54 +915,11 @@ def set_up_device(name):
     return torch.device(name)
 
 
-class Muon(torch.optim.Adam):
-    """Not in the paper: Adam, but `matrices` move along their momentum made orthogonal (Jordan et
-    al., 2024), by about as much per entry as Adam would (the factor of Liu et al., 2025).
-    `torch.optim.Muon` computes in bfloat16, which is 40 times slower on CPUs without it, and reads
-    the step size on the host, which a CUDA graph cannot."""
-
-    def __init__(self, matrices, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.matrices = matrices
-
-    @torch.no_grad()
-    def step(self):
-        rate = self.param_groups[0]["lr"]
-        for p in self.matrices:
-            if p.grad is not None:
-                if not self.state[p]:  # with the step that Adam wants of every state it loads
-                    self.state[p] = {"momentum": torch.zeros_like(p), "step": torch.zeros(())}
-                momentum = self.state[p]["momentum"]
-                momentum.lerp_(p.grad, 0.05)
-                direction = orthogonal(p.grad.lerp(momentum, 0.95))
-                p.sub_(0.2 * max(p.shape) ** 0.5 * rate * direction)
-                p.grad = None  # nothing is left for Adam
-        super().step()
-
-
-def orthogonal(matrix):
-    """U S V^T -> about U V^T, by five Newton-Schulz steps of Jordan et al., which bring singular
-    values, all but the least, to between 0.7 and 1.2."""
-    if matrix.shape[0] > matrix.shape[1]:  # the smaller Gram matrix
-        return orthogonal(matrix.T).T
-    x = matrix / (matrix.norm() + 1e-7)
-    for _ in range(5):
-        gram = x @ x.T
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
-    return x
-
-
 def make_optimizer(agent):
     """One for all networks. The step size is a tensor, so that a CUDA graph sees it change."""
-    named = {name: p for name, p in agent.named_parameters() if p.requires_grad}
-    given = {"lr": torch.tensor(agent.config.learning_rate, device=agent.device), "fused": True,
-             "capturable": agent.device.type == "cuda"}
-    if agent.config.optimizer == "adam":
-        return torch.optim.Adam(named.values(), **given)
-    # V and Q, whose targets move, keep Adam: learned by Muon, they chose worse chunks.
-    matrices = [p for name, p in named.items()
-                if p.ndim == 2 and not name.startswith(("value.", "critic."))]
-    return Muon(matrices, named.values(), **given)
+    parameters = [p for p in agent.parameters() if p.requires_grad]
+    rate = torch.tensor(agent.config.learning_rate, device=agent.device)
+    return torch.optim.Adam(parameters, rate, fused=True, capturable=agent.device.type == "cuda")
 
 
 def make_generators(seed, *devices):
@@ -1028,8 +984,6 @@ def benchmark(config, device, updates):
                           device)
         update(run.agent, run.optimizer, batch, run.generators[1])
     times = timed(run.make_step(), updates, device)
-    for p in run.optimizer.param_groups[0]["params"]:
-        p.grad = torch.zeros_like(p)  # Muon has left some without
     averaging = timed(lambda: average_gradients(run.optimizer), updates, device)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process
     memory *= 1 if sys.platform == "darwin" else 1024
