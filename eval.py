@@ -277,17 +277,6 @@ class OGBench:
                 "puzzle": list(range(20, end, 4)),  # whether each button is on
                 "antsoccer": [15, 16]}.get(self.family, [0, 1])  # the ball; the ant itself
 
-    def tolerances(self, size):
-        """(coordinates, how near to the goal's they must be) of each thing that a goal of `size`
-        coordinates is about, for the simulator to call it met. In units of the observation."""
-        if self.goal == "observation":
-            raise MacError("--success near: the simulator says only of --goal task what is near")
-        cube, button = (3, 0.4), (1, 0.5)  # 4 cm; on or off
-        drawer, window = (1, 0.04 * 18), (1, 0.04 * 15)
-        kinds = {"cube": [cube], "puzzle": [button], "pointmaze": [(2, 1.0)],
-                 "scene": [cube, button, button, drawer, window]}.get(self.family, [(2, 0.5)])
-        return kinds * (size // sum(width for width, _ in kinds))
-
     def make(self):
         """An environment whose `reset` can be seeded: OGBench draws a few actions from an action
         space that it builds, unseeded, at each access, so here it is built once."""
@@ -1111,11 +1100,10 @@ def reach(agent, dataset, distance, count=5000):
 
 
 def ideal(config, distance):
-    """V of a path whose goal is `distance` steps ahead: -1 a chunk until one meets it, which has it
-    among its n states or, with `--success near`, ends there or beyond."""
+    """V of a path whose goal is `distance` steps ahead: -1 a chunk until it is among one's states.
+    """
     n = config.chunk
-    failing = max(0, -(-distance // n) - 1) if config.success == "near" else distance // n
-    return -(1 - config.discount ** (failing * n)) / (1 - config.discount ** n)
+    return -(1 - config.discount ** (distance // n * n)) / (1 - config.discount ** n)
 
 
 @torch.no_grad()

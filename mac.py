@@ -103,8 +103,6 @@ class Config:
     chunk_reward: str = setting("mean", "of its n rewards", choices=("mean", "sum"))
     terminations: bool = setting(True, "learn where the task ends, if the data have such ends")
     goal: str = setting("task", "what a goal consists of", choices=("task", "observation"))
-    success: str = setting("model", "what says that a rollout meets its goal: a learned model or, "
-                           "not in the paper, the simulator's tolerance", choices=("model", "near"))
     value_goals: tuple = setting((0.2, 0.0, 0.5, 0.3), "odds that a value goal is the current / "
                                  "a geometric / a uniform future / a random state", low=0)
     actor_goals: tuple = setting((0.0, 1.0, 0.0, 0.0), "the same for actor goals", low=0)
@@ -115,8 +113,6 @@ class Config:
     learning_rate: float = setting(3e-4, "step size of Adam", low=0)
     warmup: float = setting(0.0, "share of the steps, the first, without V and Q", low=0, high=0.99)
     decay: bool = setting(False, "after the warmup, let the learning rate fall linearly to zero")
-    freeze: bool = setting(False, "not in the paper: models and policy learn in the warmup alone "
-                           "(a --decay is then part of it, too), V and Q after it alone")
     ema_rate: float = setting(0.005, "target V moves this much per step", low=0, high=1)
     precision: str = setting("float32", "of proposals and scores", choices=("float32", "bfloat16"))
     # data, logs, files
@@ -313,9 +309,8 @@ class RewardModel(MLP):
         prediction = self(batch.observation, batch.chunk, batch.value_goal)
         return {"reward": F.mse_loss(prediction, batch.reward)}
 
-    def predict(self, observation, chunk, goal, gap=None):
-        """`gap` (..., G): how far from the goal the chunk ends (`Agent.gap`).
-        -> reward (...), mask (...): 1 where the rollout goes on."""
+    def predict(self, observation, chunk, goal):
+        """-> reward (...), mask (...): 1 where the rollout goes on."""
         reward = self(observation, chunk, goal)
         return reward, torch.ones_like(reward)
 
@@ -332,7 +327,7 @@ class TerminationModel(MLP):
         return {"reward": F.mse_loss(reward, batch.reward),
                 "termination": F.binary_cross_entropy_with_logits(logit, batch.terminated)}
 
-    def predict(self, observation, chunk, goal, gap=None):
+    def predict(self, observation, chunk, goal):
         reward, logit = self(observation, chunk, goal).unbind(-1)
         return reward, (logit <= 0).float()  # a logit above 0 is p > 0.5
 
@@ -345,31 +340,12 @@ class SuccessModel(MLP):
         logit = self(batch.observation, batch.chunk, batch.value_goal)
         return {"success": F.binary_cross_entropy_with_logits(logit, batch.success)}
 
-    def predict(self, observation, chunk, goal, gap=None):
+    def predict(self, observation, chunk, goal):
         success = (self(observation, chunk, goal) > 0).float()
         return success - 1, 1 - success
 
 
 OUTCOMES = {"reward": RewardModel, "termination": TerminationModel, "success": SuccessModel}
-
-
-class Nearness(nn.Module):
-    """`--success near`: a chunk meets the goal if the predicted state at its end does for the
-    simulator. `tolerances` are (coordinates, distance) of each thing that has to be in place."""
-
-    def __init__(self, tolerances):
-        super().__init__()
-        self.tolerances = tolerances
-
-    def loss(self, batch):
-        return {}
-
-    def predict(self, observation, chunk, goal, gap):
-        parts = gap.split([size for size, _ in self.tolerances], -1)
-        met = torch.stack([part.norm(dim=-1) <= tolerance
-                           for part, (_, tolerance) in zip(parts, self.tolerances)])
-        success = met.all(0).float()
-        return success - 1, 1 - success
 
 
 # ----------------------------------------------------------------------------- flow policy
@@ -467,11 +443,8 @@ class Agent(nn.Module):
         self.policy = POLICIES[config.policy](observation_size, goal_size, chunk_size, config)
         self.dynamics = MLP(observation_size + chunk_size, observation_size, config.width)
         inputs = observation_size + chunk_size + goal_size
-        if columns and config.success == "near":
-            self.outcome = Nearness(config.world.tolerances(goal_size))
-        else:
-            outcome = "success" if columns else "termination" if config.terminations else "reward"
-            self.outcome = OUTCOMES[outcome](inputs, None, config.width)
+        outcome = "success" if columns else "termination" if config.terminations else "reward"
+        self.outcome = OUTCOMES[outcome](inputs, None, config.width)
         self.critic = MLP(inputs, None, config.width) if config.critic == "network" else None
         self.value = MLP(observation_size + goal_size, None, config.width)
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)
@@ -498,10 +471,6 @@ class Agent(nn.Module):
         """The model's s_{t+n}: (..., O), (..., D) -> (..., O)"""
         return observation + self.dynamics(observation, chunk)
 
-    def gap(self, observation, goal):
-        """From goals to observations, in raw units: (..., O), (..., G) -> (..., G)"""
-        return (observation[..., self.columns] - goal) * self.normalizer.scale[self.columns]
-
     def q(self, observation, chunk, goal):
         """Q of chunks (..., D): the critic's or, with `--critic model`, `model_q`'s."""
         return (self.critic or self.model_q)(observation, chunk, goal)
@@ -509,7 +478,7 @@ class Agent(nn.Module):
     def model_step(self, observation, chunk, goal):
         """One chunk in the models. -> the next observation (..., O), reward (...), mask (...)"""
         following = self.next_observation(observation, chunk)
-        return following, *self.outcome.predict(observation, chunk, goal, self.gap(following, goal))
+        return following, *self.outcome.predict(observation, chunk, goal)
 
     def model_q(self, observation, chunk, goal):
         """What the critic is taught (Eq. 11): a step of the models, and V from there."""
@@ -545,8 +514,7 @@ class Agent(nn.Module):
         observations, chunks = torch.stack(observations), torch.stack(chunks)
         goals = goal.expand(len(chunks), *goal.shape)  # (H, B, G)
         with low_precision(self.config, observation):
-            rewards, masks = self.outcome.predict(observations[:-1], chunks, goals,
-                                                  self.gap(observations[1:], goals))  # (H, B)
+            rewards, masks = self.outcome.predict(observations[:-1], chunks, goals)  # (H, B)
         return Rollout(observations, chunks, rewards, masks, goals)
 
     def model_losses(self, batch):
@@ -571,19 +539,16 @@ class Agent(nn.Module):
         q = self.critic(states[0], rollout.chunks[0], goals[0])
         return {**losses, "critic": F.mse_loss(q, target_q)}
 
-    def losses(self, batch, generator, warmup=False, frozen=False):
+    def losses(self, batch, generator, warmup=False):
         """All losses of a raw batch, which are added with weight one, and the rollout, which is
-        None during the warmup: neither V nor Q is trained there. Policy and models are not where
-        they are frozen."""
+        None during the warmup: neither V nor Q is trained there."""
         batch, rollout, value_losses = self.normalize(batch), None, {}
-        if self.config.terminations and not frozen:
+        if self.config.terminations:
             batch = self.fill(batch, generator)
         if not warmup:
             first = slice(self.config.rollout_batch_size or None)  # 0: the whole batch
             rollout = self.imagine(batch.observation[first], batch.value_goal[first], generator)
             value_losses = self.value_losses(rollout)
-        if frozen:
-            return value_losses, rollout
         policy_losses = self.policy.loss(batch, generator)
         return {**policy_losses, **self.model_losses(batch), **value_losses}, rollout
 
@@ -624,7 +589,7 @@ class Agent(nn.Module):
 
 def update(agent, optimizer, batch, generator, warmup=False):
     """One step of Algorithm 1. -> dict of losses and of statistics (0-dimensional tensors)"""
-    losses, rollout = agent.losses(batch, generator, warmup, agent.config.freeze and not warmup)
+    losses, rollout = agent.losses(batch, generator, warmup)
     optimizer.zero_grad()
     sum(losses.values()).backward()
     average_gradients(optimizer)  # with those of torchrun's other processes, if there are any
@@ -704,12 +669,12 @@ class FQLAgent(Agent):
 
     @staticmethod
     def presets(config):
-        return {"candidates": 1, "eval_candidates": 1, "eval_flow": False, "freeze": False,
+        return {"candidates": 1, "eval_candidates": 1, "eval_flow": False,
                 "critic": "network",
                 "fql_alpha": 0.3 if "cube-double" in config.env else 1.0}  # Table 11
 
-    def losses(self, batch, generator, warmup=False, frozen=False):
-        losses, rollout = super().losses(batch, generator, warmup, frozen)
+    def losses(self, batch, generator, warmup=False):
+        losses, rollout = super().losses(batch, generator, warmup)
         losses["distill"] = self.config.fql_alpha * losses["distill"]
         if rollout is None:
             return losses, rollout
@@ -744,9 +709,9 @@ SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5
 # Goals need more. In play data the gripper is hardly ever beside a cube that it is about to take,
 # so nothing teaches small networks to mend their aim: noisier plans do. And a critic learned in so
 # few steps does not tell the proposals for a state apart.
-SMALL_WITH_GOALS = {"collect_noise": 0.3, "policy": "centered", "learning_rate": 3e-3,
-                    "success": "near", "critic": "model", "freeze": True, "warmup": 0.6,
-                    "value_goals": (0.1, 0.7, 0.2, 0.0), "horizon": 6, "execute": 3}
+SMALL_WITH_GOALS = {"collect_noise": 0.3, "policy": "centered", "critic": "model",
+                    "learning_rate": 3e-3, "warmup": 0.6, "horizon": 6, "execute": 3,
+                    "value_goals": (0.1, 0.7, 0.2, 0.0)}
 SMALL_SIZES = {"cube-single": {"collect": 200, "steps": 20_000},  # the ids it was measured for
                "cube-double": {"collect": 1000, "steps": 50_000, "eval_interval": 10_000,
                                "eval_episodes": 10},
@@ -1201,9 +1166,7 @@ class Run:
                 phase, do_update = warmup, self.make_step(warmup)
             if config.decay:
                 left = (config.steps - self.step) / max(1, config.steps - self.warmup_steps)
-                if warmup:
-                    left = 1 - self.step / self.warmup_steps if config.freeze else 1
-                rate.fill_(config.learning_rate * left)
+                rate.fill_(config.learning_rate * min(1, left))
             self.losses = do_update()
             self.step += 1
             bar.update()
@@ -1290,9 +1253,7 @@ def train(config, device, folder, checkpoint):
         say(f"device: {torch.cuda.get_device_name()}")
     else:
         run = Run(config, device, world, training, validation)  # for a trial: another follows
-        seconds = max(min(timed(run.make_step(warmup), 2, device))  # of the dearer phase
-                      for warmup in {False, config.freeze})
-        hours = seconds * (config.steps - (checkpoint or {"step": 0})["step"]) / 3600
+        hours = min(timed(run.make_step(), 2, device)) * (config.steps - (checkpoint or {"step": 0})["step"]) / 3600
         say(f"device: CPU, {torch.get_num_threads()} threads, "
             f"{torch.backends.cpu.get_cpu_capability()}; updates take up to {hours:.1f} hours"
             + ("" if config.small else ", --small minutes to an hour"))
@@ -1377,19 +1338,9 @@ def parse(argv):
 
 def check(config):
     """Raises MacError for settings with which nothing can be learned, before data are collected."""
-    world = config.world
     share(config)  # an error now rather than after a collection
-    if config.success == "near" and not world.fixed:
-        if not hasattr(world, "tolerances"):
-            raise MacError(f"--success near: the world of {config.env!r} has no `tolerances`")
-        world.tolerances(0)
-    if config.freeze and config.policy in AGENTS:
-        raise MacError(f"--freeze: --policy {config.policy} follows Q, it cannot stand still")
     if config.critic == "model" and config.policy in AGENTS:
         raise MacError(f"--critic model: --policy {config.policy} climbs Q, a network")
-    if config.freeze and int(config.warmup * config.steps) == 0:
-        raise MacError("--freeze: models and policy learn in the warmup alone, and there is none; "
-                       "add --warmup 0.5 or --no-freeze")
 
 
 def resumed(saved, config, given):

@@ -430,42 +430,6 @@ def test_warmup_trains_the_models_and_the_policy_alone():
     assert changed == {"policy", "dynamics", "outcome"}
 
 
-def test_frozen_models_and_policy_stay_as_the_warmup_left_them():
-    agent = make_agent(freeze=True)
-    optimizer, batch = mac.make_optimizer(agent), chunk_data().sample(8, generator())
-    mac.update(agent, optimizer, batch, generator(), warmup=True)  # Adam has momentum from here on
-    before = {name: p.clone() for name, p in agent.named_parameters()}
-    losses = mac.update(agent, optimizer, batch, generator())
-    changed = {name.split(".")[0] for name, p in agent.named_parameters()
-               if (p != before[name]).any()}
-    values = {"value", "critic"}  # the target, as it follows V of before, not yet
-    assert changed == values and set(losses) == {"value", "critic", "rollout_reward"}
-    twin = make_agent()
-    twin.load_state_dict(before, strict=False)
-    whole, _ = twin.losses(batch, generator())
-    assert all(losses[name] == whole[name] for name in ("value", "critic"))
-
-
-def test_rollouts_meet_their_goal_where_the_predicted_state_is_near(monkeypatch):
-    """Each thing within its own distance, in the observation's raw units."""
-    monkeypatch.setattr(world.OGBench, "tolerances", lambda self, size: [(2, 0.5), (1, 0.1)])
-    agent = make_agent(3, success="near")
-    agent.normalizer.fit(torch.tensor([[-10.0, 0, 0, 0], [10, 4, 2, 1]]))
-    observation, goal = torch.rand(200, 4) * 2 - 1, torch.rand(200, 3) * 2 - 1
-    agent.next_observation = lambda s, chunk: s * 0.9  # a world of shrinking states
-    rollout = agent.imagine(observation, goal, generator())
-    raw, target = observation.numpy() * [10, 2, 1, 0.5], goal.numpy() * [10, 2, 1]
-    for k in range(4):
-        x = raw * 0.9 ** (k + 1)
-        met = ((np.hypot(x[:, 0] - target[:, 0], x[:, 1] - target[:, 1]) <= 0.5)
-               & (abs(x[:, 2] - target[:, 2]) <= 0.1))
-        assert np.array_equal(rollout.masks[k], ~met)
-        assert np.array_equal(rollout.rewards[k], met - 1)
-    goal[:100] = 0.9 * observation[:100, :3]  # met by the first chunk
-    assert agent.imagine(observation, goal, generator()).masks[0, :100].sum() == 0
-    assert agent.outcome.loss(None) == {}
-
-
 def test_update_is_adam_on_the_sum_of_losses_and_moves_the_target():
     agent, twin = make_agent(), make_agent()
     for net in (agent, twin):
@@ -1549,53 +1513,6 @@ FAMILIES = ["cube-double-play", "scene-play", "puzzle-3x3-play",
             "antsoccer-arena-navigate"]
 
 
-@pytest.mark.parametrize("env_id", ["cube-double-play-v0", "scene-play-v0", "puzzle-3x3-play-v0",
-                                    "pointmaze-medium-navigate-v0", "antmaze-medium-navigate-v0"])
-def test_what_is_near_is_what_the_simulator_calls_success(env_id):
-    """States around a goal, put into the simulator; every joint and button by itself, too."""
-    import mujoco
-    tasks, rng = world.find_world(env_id), np.random.default_rng(0)
-    env = tasks.env.unwrapped
-    _, goal = tasks.reset(tasks.env, 2, 0)
-    goal = goal[tasks.columns] if len(goal) > len(tasks.columns) else goal
-    near = mac.Nearness(tasks.tolerances(len(goal)))
-    maze, seen = "maze" in env_id, []
-    if maze:
-        assert np.allclose(goal, env.cur_goal_xy)
-    joints = [] if maze else [env._model.joint(i).name for i in range(env._model.njnt)]
-    joints = [joint for joint in ("object_joint_0", "object_joint_1", "drawer_slide",
-                                  "window_slide") if joint in joints]
-    for trial in range(60):
-        if maze:
-            env.set_xy(env.cur_goal_xy + rng.uniform(-1.2, 1.2, 2) * env._goal_tol)
-            observation, success = env.get_ob(), env.compute_success()
-        else:
-            free = trial % 4 if len(joints) > 1 else 0  # 0: all move
-            for i, joint in enumerate(joints):
-                place = env._data.joint(joint).qpos
-                if "slide" in joint:
-                    place[0] = getattr(env, f"_target_{joint[:6]}_pos")
-                else:
-                    place[:3] = env._data.mocap_pos[env._cube_target_mocap_ids[i]]
-                if free in (0, i + 1):
-                    width = 1 if "slide" in joint else 3
-                    place[:width] += rng.uniform(-0.04, 0.04, width)
-            if hasattr(env, "_target_button_states"):
-                env._cur_button_states = env._target_button_states.copy()
-                if trial % 3 == 0:
-                    env._cur_button_states[rng.integers(len(env._cur_button_states))] ^= 1
-            mujoco.mj_forward(env._model, env._data)
-            observation = env.compute_observation()
-            success = np.all(np.concatenate([np.atleast_1d(x) for x in env._compute_successes()]))
-        gap = torch.as_tensor(observation[tasks.columns] - goal)
-        reward, mask = near.predict(None, None, None, gap)
-        assert (reward == 0) == bool(success) and mask == -reward, (trial, gap)
-        seen.append(bool(success))
-    assert 5 < sum(seen) < 55
-    with pytest.raises(mac.MacError, match="--goal task"):
-        world.find_world(env_id, "observation").tolerances(3)
-
-
 @pytest.mark.parametrize("dataset", FAMILIES)
 def test_goals_are_columns_of_the_observation(dataset):
     plain, oracle = (world.find_world(f"{dataset}{kind}-v0") for kind in ("", "-oraclerep"))
@@ -1658,8 +1575,7 @@ def test_settings_follow_the_environment():
         small = mac.Config(env=env, small=True)
         assert (small.collect_noise, small.critic, small.execute) == (noise, critic, execute)
     whole = mac.Config(env="cube-double-play-v0", small=True, goal="observation")
-    assert (whole.success, whole.freeze, whole.collect) == ("model", False, 100)
-    mac.check(whole)  # of whole observations the simulator does not say what is near
+    assert (whole.success, whole.collect) == ("model", 100)
     fql = mac.Config(env="cube-double-play-v0", policy="fql", small=True)
     mac.check(fql)
     assert (fql.candidates, fql.eval_candidates, fql.eval_flow, fql.fql_alpha) == (1, 1, False, 0.3)
@@ -1983,14 +1899,10 @@ def test_reach_is_measured_at_that_distance_within_a_trajectory(goal, distance):
 
 @pytest.mark.parametrize("distance", [0, 1, 3, 4, 5, 6, 7, 20])
 def test_ideal_of_reach_is_the_return_until_a_chunk_meets_the_goal(distance):
-    for success in ("model", "near"):
-        total, begin = 0.0, 0
-        while not (distance in range(begin, begin + 3) if success == "model" else
-                   begin + 3 >= distance):
-            total, begin = total - 0.9 ** begin, begin + 3
-        settings = config(success=success)
-        assert (settings.chunk, settings.discount) == (3, 0.9)
-        assert np.isclose(world.ideal(settings, distance), total)
+    total, begin = 0.0, 0
+    while distance not in range(begin, begin + 3):
+        total, begin = total - 0.9 ** begin, begin + 3
+    assert np.isclose(world.ideal(config(chunk=3, discount=0.9), distance), total)
 
 
 @pytest.mark.parametrize("n, steps, expected", [
@@ -2500,9 +2412,8 @@ def test_what_resume_refuses(trained, data_dir, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("steps", [5, 6, 7, 20])
-@pytest.mark.parametrize("freeze", [False, True])
 def test_the_learning_rate_decays_after_a_warmup_that_other_steps_do_not_change(
-        freeze, steps, data_dir, tmp_path, monkeypatch):
+        steps, data_dir, tmp_path, monkeypatch):
     seen, update = [], mac.update
 
     def spy(agent, optimizer, batch, generator, warmup):
@@ -2515,12 +2426,9 @@ def test_the_learning_rate_decays_after_a_warmup_that_other_steps_do_not_change(
     monkeypatch.setattr(mac, "timed", lambda *_: [0])  # of another agent
     command = train_command(data_dir, tmp_path, "--warmup", "0.5", "--learning-rate", "0.001",
                             "--log-interval", "3", "--steps")
-    if freeze:
-        command.insert(0, "--freeze")
     assert mac.main([*command, "12"]) == 128 + signal.SIGTERM  # in its warmup of 6
     assert mac.main([*command, str(steps), "--resume"]) == 0
-    assert seen == [(round(1 - step / 6, 4) if freeze else 1, True)
-                    for step in range(min(steps, 6))] + [
+    assert seen == [(1, True)] * min(steps, 6) + [
         (round((steps - step) / (steps - 6), 4), False) for step in range(6, steps)]
 
 
@@ -2612,11 +2520,8 @@ def test_a_run_folder_is_neither_overwritten_nor_shared(trained, data_dir, capsy
 @pytest.mark.parametrize("command, message", [
     ("--env cube-duble-play-v0", "did you mean cube-double-play-v0"),
     ("--env zzz", "did you mean cube-double-play-v0?"),
-    ("--freeze", "--freeze: models and policy learn in the warmup alone, and there is none"),
-    ("--policy fql --freeze --warmup 0.5", "--freeze: --policy fql follows Q"),
     ("--policy fql --critic model", "--critic model: --policy fql climbs Q, a network"),
     ("--policy fql --critic model --benchmark 1", "climbs Q, a network"),
-    ("--env cube-single-play-v0 --goal observation --success near", "only of --goal task"),
     ("--stepz 3", "unrecognized arguments: --stepz 3 (--help lists the flags)"),
     ("cube", "unrecognized arguments: cube"),
     ("--learning-rate inf", "--learning-rate: 'inf' is not a number (float) of at least 0"),
