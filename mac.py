@@ -542,15 +542,15 @@ class Agent(nn.Module):
     def losses(self, batch, generator, warmup=False):
         """All losses of a raw batch, which are added with weight one, and the rollout, which is
         None during the warmup: neither V nor Q is trained there."""
-        batch, rollout, value_losses = self.normalize(batch), None, {}
+        batch = self.normalize(batch)
         if self.config.terminations:
             batch = self.fill(batch, generator)
-        if not warmup:
-            first = slice(self.config.rollout_batch_size or None)  # 0: the whole batch
-            rollout = self.imagine(batch.observation[first], batch.value_goal[first], generator)
-            value_losses = self.value_losses(rollout)
-        policy_losses = self.policy.loss(batch, generator)
-        return {**policy_losses, **self.model_losses(batch), **value_losses}, rollout
+        losses = {**self.policy.loss(batch, generator), **self.model_losses(batch)}
+        if warmup:
+            return losses, None
+        first = slice(self.config.rollout_batch_size or None)  # 0: the whole batch
+        rollout = self.imagine(batch.observation[first], batch.value_goal[first], generator)
+        return {**losses, **self.value_losses(rollout)}, rollout
 
     def enter(self, observation, goal=None):
         """An observation and its goal, or a batch of them, as `act` takes them.
@@ -1253,7 +1253,8 @@ def train(config, device, folder, checkpoint):
         say(f"device: {torch.cuda.get_device_name()}")
     else:
         run = Run(config, device, world, training, validation)  # for a trial: another follows
-        hours = min(timed(run.make_step(), 2, device)) * (config.steps - (checkpoint or {"step": 0})["step"]) / 3600
+        seconds = min(timed(run.make_step(), 2, device))
+        hours = seconds * (config.steps - (checkpoint or {"step": 0})["step"]) / 3600
         say(f"device: CPU, {torch.get_num_threads()} threads, "
             f"{torch.backends.cpu.get_cpu_capability()}; updates take up to {hours:.1f} hours"
             + ("" if config.small else ", --small minutes to an hour"))

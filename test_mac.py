@@ -497,7 +497,7 @@ def test_an_update_gives_the_published_codes_numbers(case, monkeypatch):
                       *((given["value_goals"], given["actor_goals"]) if goal else (empty, empty)),
                       torch.zeros(shared["B"]), torch.ones_like(given["actions"]))
     proposals = data["noise/rollout"].transpose(1, 2)  # (H, B, N, D)
-    noise = [*proposals, data["noise/distill"], data["noise/x_0"]]
+    noise = [data["noise/distill"], data["noise/x_0"], *proposals]
 
     def drawn(*shape, **_):
         value = noise.pop(0)
