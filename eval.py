@@ -1086,7 +1086,7 @@ def reach(agent, dataset, distance, count=5000):
     goal = dataset.observations[start[fits] + distance][:, agent.columns]
     batch = agent.normalize(batch._replace(value_goal=goal))
     inputs = batch.observation, batch.chunk, batch.value_goal
-    _, reward, mask = agent.model_step(*inputs)
+    reward, mask = agent.outcome.predict(*inputs)
     outcome = 1 - mask if len(agent.columns) else reward
     few = inputs[0][:500], inputs[2][:500]
     chunks, q = agent.proposals(16, *few, generator)
@@ -1100,8 +1100,7 @@ def reach(agent, dataset, distance, count=5000):
 
 
 def ideal(config, distance):
-    """V of a path whose goal is `distance` steps ahead: -1 a chunk until it is among one's states.
-    """
+    """V of a path that meets its goal in `distance` steps: -1 for each chunk before that one."""
     n = config.chunk
     return -(1 - config.discount ** (distance // n * n)) / (1 - config.discount ** n)
 

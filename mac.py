@@ -77,7 +77,7 @@ def setting(default, help, **rules):
 
 @dataclasses.dataclass
 class Config:
-    """Every setting. Defaults are the paper's for reward-based tasks (Tables 7 and 8); what is
+    """Every setting. Defaults are the paper's for reward-based tasks (Tables 6 to 8); what is
     not given and follows from others (`presets`) is filled in when a Config is made."""
 
     env: str = setting("cube-double-play-v0", "OGBench dataset id; with --data any of gymnasium's")
@@ -92,15 +92,17 @@ class Config:
     horizon: int = setting(10, "H: chunks in an imagined rollout", low=1)
     candidates: int = setting(8, "N: proposals per decision in training", low=1)
     eval_candidates: int = setting(32, "N at test time", low=1)
-    execute: int = setting(1, "of each chunk's n actions those executed at test time", low=1)
+    execute: int = setting(1, "actions of each chunk executed at test time", low=1)
     flow_steps: int = setting(10, "F: Euler steps of the flow policy", low=1)
     eval_flow: bool = setting(False, "at test time sample from the flow, not its distillation")
-    policy: str = setting("flow", "behaviour policy (Tables 3, 15)", choices=POLICIES)
+    policy: str = setting("flow", "of the behaviour (Tables 3, 15; centered is not in the paper)",
+                          choices=POLICIES)
     critic: str = setting("network", "what says Q of a chunk: a network or, not in the paper, what "
                           "it is taught, a step of the models and V", choices=("network", "model"))
     fql_alpha: float = setting(1.0, "weight of distillation in --policy fql (Table 11)", low=0)
     discount: float = setting(0.999, "gamma per environment step", low=0.001, high=0.999999)
-    chunk_reward: str = setting("mean", "of its n rewards", choices=("mean", "sum"))
+    chunk_reward: str = setting("mean", "a chunk's reward, of its n discounted ones",
+                                choices=("mean", "sum"))
     terminations: bool = setting(True, "learn where the task ends, if the data have such ends")
     goal: str = setting("task", "what a goal consists of", choices=("task", "observation"))
     value_goals: tuple = setting((0.2, 0.0, 0.5, 0.3), "odds that a value goal is the current / "
@@ -109,15 +111,16 @@ class Config:
     # networks and optimisation
     width: int = setting(512, "hidden units in each of the 4 layers; goal-conditioned 1024", low=1)
     batch_size: int = setting(256, "chunks per gradient step; goal-conditioned 1024", low=1)
-    rollout_batch_size: int = setting(0, "of a batch's states those rolled out; 0: all", low=0)
+    rollout_batch_size: int = setting(0, "states of a batch that are rolled out; 0: all", low=0)
     learning_rate: float = setting(3e-4, "step size of Adam", low=0)
     warmup: float = setting(0.0, "share of the steps, the first, without V and Q", low=0, high=0.99)
     decay: bool = setting(False, "after the warmup, let the learning rate fall linearly to zero")
     ema_rate: float = setting(0.005, "target V moves this much per step", low=0, high=1)
-    precision: str = setting("float32", "of proposals and scores", choices=("float32", "bfloat16"))
+    precision: str = setting("float32", "of hidden layers where no gradient is needed",
+                             choices=("float32", "bfloat16"))
     # data, logs, files
     dataset_dir: str = setting("~/.ogbench/data", "folder of the .npz files")
-    cache_dir: str = setting("", "where to lay them down flat; default: flat/ beside the data")
+    cache_dir: str = setting("", "folder of their flat copies; default: flat/ beside the data")
     collect: int = setting(0, "train on this many episodes, collected here", low=0)
     collect_noise: float = setting(PLAY_NOISE, "of the collected plans, whose deviations the "
                                    "policies then correct; OGBench's play data have 0.1", low=0)
@@ -158,7 +161,7 @@ class Batch(NamedTuple):
     next_observation: torch.Tensor  # (B, O) s_{t+n}, or the state in which the task ended
     success: torch.Tensor  # (B,) 1 where the value goal's index lies in [t, t+n)
     value_goal: torch.Tensor  # (B, G) of outcomes, rollouts, V and Q: any state may be asked for
-    actor_goal: torch.Tensor  # (B, G) of the cloned policy: what its trajectory went on to reach
+    actor_goal: torch.Tensor  # (B, G) of the cloned policy: mostly what its trajectory reached
     terminated: torch.Tensor  # (B,) 1 where the task ended within the chunk
     taken: torch.Tensor  # (B, D) 1 for actions taken, 0 for the zeros after the task's end
 
@@ -194,9 +197,9 @@ class ChunkDataset:
         self.reward_weights = weights / config.chunk if config.chunk_reward == "mean" else weights
 
     def slide_window(self, step):
-        """Of data larger than memory draw from `config.window` starts and as many states, all of
-        them others 1,000 steps later (the published code then goes to the next million), in the
-        data's order, over and over."""
+        """Of data larger than memory draw from `config.window` successive starts and states. The
+        window slides through the data, over and over, by its own length in 1,000 steps (where the
+        published code goes to the next million)."""
         first = torch.tensor([step * self.config.window // 1000 % self.total_starts],
                              device=self.ends.device)
         self.first_start, self.first_state = first, self.start(first)
@@ -252,7 +255,7 @@ class ChunkDataset:
         anywhere = torch.randint(self.states, (len(start),), generator=generator,
                                  device=start.device)
         anywhere = (anywhere + self.first_state) % len(self.observations)
-        current, near, future, _ = np.cumsum(odds) / sum(odds)
+        current, near, future, _ = np.cumsum(odds) / sum(odds)  # the odds up to each
         goal = torch.where(kind < future, uniform, anywhere)
         goal = torch.where(kind < near, geometric, goal)
         return torch.where(kind < current, start, goal)
@@ -271,7 +274,7 @@ class Normalizer(nn.Module):
     def fit(self, data):  # (T, width)
         low, high = data.amin(0), data.amax(0)
         self.middle.copy_((low + high) / 2)
-        self.scale.copy_((high - low) / 2 + 1e-3)  # not 0 (as in the published code)
+        self.scale.copy_((high - low) / 2 + 1e-3)  # the published code's, which keeps it from 0
 
     def forward(self, x, columns=slice(None)):
         """x (..., width), or (..., G) if it holds only those `columns` (G,)."""
@@ -310,13 +313,13 @@ class RewardModel(MLP):
         return {"reward": F.mse_loss(prediction, batch.reward)}
 
     def predict(self, observation, chunk, goal):
-        """-> reward (...), mask (...): 1 where the rollout goes on."""
+        """-> reward (...), mask (...): 1 where the return goes on."""
         reward = self(observation, chunk, goal)
         return reward, torch.ones_like(reward)
 
 
 class TerminationModel(MLP):
-    """Predicts a chunk's reward and whether the task ends within it: there the rollout ends, too.
+    """Predicts a chunk's reward and whether the task ends within it: there the return ends, too.
     For data with such ends; the published code has no such model."""
 
     def __init__(self, inputs, outputs, width):
@@ -333,7 +336,7 @@ class TerminationModel(MLP):
 
 
 class SuccessModel(MLP):
-    """Predicts whether a chunk meets the goal; reward is -1 until then, and the rollout ends
+    """Predicts whether a chunk meets the goal; reward is -1 until then, and the return ends
     there (Appendix A.1, goal-conditioned tasks)."""
 
     def loss(self, batch):
@@ -368,26 +371,26 @@ class FlowPolicy(nn.Module):
         self.one_step = MLP(inputs, chunk_size, config.width)
 
     def noise(self, observation, goal, generator):
-        """Where flows start: x_0 (..., D)."""
+        """Where flows start: z (..., D)."""
         return torch.randn(*observation.shape[:-1], self.chunk_size, generator=generator,
                            device=observation.device)
 
-    def flow(self, observation, goal, x, steps=None):
-        """Follow the velocity from noise x (..., D) at t = 0 to t = 1 in F equal Euler steps."""
-        steps = steps or self.config.flow_steps
+    def flow(self, observation, goal, z, steps=None):
+        """Follow the velocity from noise z (..., D) at u = 0 to u = 1 in F equal Euler steps."""
+        x, steps = z, steps or self.config.flow_steps
         for i in range(steps):
-            t = torch.full_like(x[..., :1], i / steps)
-            x = x + self.velocity(observation, goal, x, t) / steps
+            u = torch.full_like(x[..., :1], i / steps)
+            x = x + self.velocity(observation, goal, x, u) / steps
         return x.clamp(-1, 1)
 
     def flow_loss(self, batch, generator):
-        """Eq. 7: regress the velocity x_1 - x_0 at a random point of the straight line from noise
-        x_0 to data x_1, both (B, D), where actions were taken."""
-        observation, goal, x_1 = batch.observation, batch.actor_goal, batch.chunk
-        x_0 = self.noise(observation, goal, generator)
-        t = torch.rand(len(x_1), 1, generator=generator, device=x_1.device)
-        velocity = self.velocity(observation, goal, (1 - t) * x_0 + t * x_1, t)
-        return F.mse_loss(batch.taken * velocity, batch.taken * (x_1 - x_0))
+        """Eq. 7: regress the velocity a - z at a random point of the straight line from noise z to
+        the chunk a, both (B, D), where actions were taken."""
+        observation, goal, a = batch.observation, batch.actor_goal, batch.chunk
+        z = self.noise(observation, goal, generator)
+        u = torch.rand(len(a), 1, generator=generator, device=a.device)
+        velocity = self.velocity(observation, goal, (1 - u) * z + u * a, u)
+        return F.mse_loss(batch.taken * velocity, batch.taken * (a - z))
 
     def loss(self, batch, generator):
         observation, goal = batch.observation, batch.actor_goal
@@ -463,7 +466,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def fill(self, batch, generator):
         """Zeros after the actions taken would tell the models that the task ended; proposals of
-        the policy take their place, which is what the models are asked about in rollouts."""
+        the policy take their place, about which rollouts ask the models."""
         proposal = self.policy.propose(batch.observation, batch.actor_goal, generator)
         return batch._replace(chunk=torch.where(batch.taken == 1, batch.chunk, proposal))
 
@@ -475,14 +478,10 @@ class Agent(nn.Module):
         """Q of chunks (..., D): the critic's or, with `--critic model`, `model_q`'s."""
         return (self.critic or self.model_q)(observation, chunk, goal)
 
-    def model_step(self, observation, chunk, goal):
-        """One chunk in the models. -> the next observation (..., O), reward (...), mask (...)"""
-        following = self.next_observation(observation, chunk)
-        return following, *self.outcome.predict(observation, chunk, goal)
-
     def model_q(self, observation, chunk, goal):
         """What the critic is taught (Eq. 11): a step of the models, and V from there."""
-        following, reward, mask = self.model_step(observation, chunk, goal)
+        reward, mask = self.outcome.predict(observation, chunk, goal)
+        following = self.next_observation(observation, chunk)
         return reward + self.discount * mask * self.value(following, goal)
 
     def proposals(self, count, observation, goal, generator):
@@ -501,7 +500,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def imagine(self, observation, goal, generator, horizon=None, candidates=None):
-        """Eq. 9: H chunks in the model from every observation (B, O) at once. -> Rollout"""
+        """Eq. 9: H chunks in the model from every observation (B, O) at once, also past a goal,
+        where `returns` cuts. -> Rollout"""
         observations, chunks = [observation], []
         for _ in range(horizon or self.config.horizon):
             with low_precision(self.config, observation):
@@ -531,13 +531,13 @@ class Agent(nn.Module):
                              self.target_value(states[-1], goals[0]), self.discount)  # (H, B)
         value = self.value(states[:-1], goals)  # (H, B)
         losses = {"value": F.mse_loss(value, target)}
-        if not self.critic:
-            return losses
-        # The online V(s_1): already computed above, unless the rollout is a single chunk.
-        next_value = value[1] if len(value) > 1 else self.value(states[1], goals[0])
-        target_q = rollout.rewards[0] + self.discount * rollout.masks[0] * next_value.detach()
-        q = self.critic(states[0], rollout.chunks[0], goals[0])
-        return {**losses, "critic": F.mse_loss(q, target_q)}
+        if self.critic:
+            # What `model_q` says, of what is known: the online V(s_1) is value[1], if H > 1.
+            next_value = value[1] if len(value) > 1 else self.value(states[1], goals[0])
+            target_q = rollout.rewards[0] + self.discount * rollout.masks[0] * next_value.detach()
+            q = self.critic(states[0], rollout.chunks[0], goals[0])
+            losses["critic"] = F.mse_loss(q, target_q)
+        return losses
 
     def losses(self, batch, generator, warmup=False):
         """All losses of a raw batch, which are added with weight one, and the rollout, which is
@@ -549,6 +549,7 @@ class Agent(nn.Module):
         if warmup:
             return losses, None
         first = slice(self.config.rollout_batch_size or None)  # 0: the whole batch
+        # Of the policy, too, value goals are asked, although it is cloned with actor goals.
         rollout = self.imagine(batch.observation[first], batch.value_goal[first], generator)
         return {**losses, **self.value_losses(rollout)}, rollout
 
@@ -622,7 +623,7 @@ class OneStepPolicy(FlowPolicy):
 
 class CenteredPolicy(FlowPolicy):
     """Not in the paper: flows start at x_0 ~ N(mu(s, g), 0.3^2 I), with mu learned by regression,
-    not at N(0, I). Small networks then learn where chunks end in a fraction of the updates."""
+    not at N(0, I). Small networks are then precise in a fraction of the updates."""
 
     def __init__(self, observation_size, goal_size, chunk_size, config):
         super().__init__(observation_size, goal_size, chunk_size, config)
@@ -652,10 +653,11 @@ class GaussianPolicy(nn.Module):
 
     def loss(self, batch, generator):
         mean, log_std = self.moments(batch.observation, batch.actor_goal)
-        # Not validated: that would wait for a GPU. Clipped chunks are in the open interval.
+        # Not validated: that would wait for a GPU. Clipped chunks are in the open interval, the
+        # proposals that stand where no action was taken need not be.
         normal = Normal(mean, log_std.exp(), validate_args=False)
         policy = TransformedDistribution(normal, TanhTransform(), validate_args=False)
-        return {"likelihood": -(batch.taken * policy.log_prob(batch.chunk)).mean()}
+        return {"likelihood": -(batch.taken * policy.log_prob(batch.taken * batch.chunk)).mean()}
 
     def propose(self, observation, goal, generator):
         mean, log_std = self.moments(observation, goal)
@@ -669,8 +671,7 @@ class FQLAgent(Agent):
 
     @staticmethod
     def presets(config):
-        return {"candidates": 1, "eval_candidates": 1, "eval_flow": False,
-                "critic": "network",
+        return {"candidates": 1, "eval_candidates": 1, "eval_flow": False, "critic": "network",
                 "fql_alpha": 0.3 if "cube-double" in config.env else 1.0}  # Table 11
 
     def losses(self, batch, generator, warmup=False):
@@ -708,11 +709,11 @@ SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5
          "eval_episodes": 20, "save_interval": 2000}
 # Goals need more. In play data the gripper is hardly ever beside a cube that it is about to take,
 # so nothing teaches small networks to mend their aim: noisier plans do. And a critic learned in so
-# few steps does not tell the proposals for a state apart.
+# few steps does not tell the proposals for a state apart. (The rest by measurement.)
 SMALL_WITH_GOALS = {"collect_noise": 0.3, "policy": "centered", "critic": "model",
                     "learning_rate": 3e-3, "warmup": 0.6, "horizon": 6, "execute": 3,
                     "value_goals": (0.1, 0.7, 0.2, 0.0)}
-SMALL_SIZES = {"cube-single": {"collect": 200, "steps": 20_000},  # the ids it was measured for
+SMALL_SIZES = {"cube-single": {"collect": 200, "steps": 20_000},  # the ids this is for
                "cube-double": {"collect": 1000, "steps": 50_000, "eval_interval": 10_000,
                                "eval_episodes": 10},
                "puzzle-3x3": {"collect": 300, "steps": 25_000},
@@ -1088,7 +1089,7 @@ class Run:
         self.agent = make_agent(training.observations.shape[1], training.actions.shape[1],
                                 world.columns, share(config))
         limits = training.observations if training.limits is None else training.limits
-        self.agent.normalizer.fit(torch.as_tensor(limits))  # what lies between need not be read
+        self.agent.normalizer.fit(torch.as_tensor(limits))  # then the data need not be read
         self.agent.to(device)
         self.dataset, self.validation = (make_dataset(arrays, world.columns, config, device)
                                          for arrays in (training, validation))
@@ -1284,7 +1285,7 @@ def train(config, device, folder, checkpoint):
             write(folder / "config.json", (settings + "\n").encode())
         evaluator = Evaluator(world)
         run.train(folder, evaluator, stop)
-        if config.small and config.eval_interval:  # beside the behaviour, which N = 1 is
+        if config.small and config.eval_interval:  # and of the behaviour, N = 1, to compare
             for candidates in sorted({1, config.eval_candidates}):
                 for execute in sorted({1, config.execute}) if not stop() else ():
                     run.evaluate(evaluator, stop, max(1, 50 // len(world.tasks)), config.seed + 1,
@@ -1322,7 +1323,8 @@ def parse(argv):
         if isinstance(default, tuple):
             rules["nargs"] = len(default)
         if default != "":
-            rules["help"] += f" (default: {'off' if default is False else default})"
+            named = {False: "off", True: "on"} if isinstance(default, bool) else {}
+            rules["help"] += f" (default: {named.get(default, default)})"
         parser.add_argument(f"--{field.name.replace('_', '-')}", **rules)
     parser.add_argument("--resume", action="store_true", help="continue the run of this folder")
     parser.add_argument("--benchmark", type=number(int, 1), metavar="K",
@@ -1338,7 +1340,7 @@ def parse(argv):
 
 
 def check(config):
-    """Raises MacError for settings with which nothing can be learned, before data are collected."""
+    """Raises MacError for settings that do not go together, before data are collected."""
     share(config)  # an error now rather than after a collection
     if config.critic == "model" and config.policy in AGENTS:
         raise MacError(f"--critic model: --policy {config.policy} climbs Q, a network")

@@ -1077,7 +1077,7 @@ def test_losses_do_not_see_actions_that_were_not_taken():
     error = policy.one_step(s, g, z) - (z + policy.velocity(s, g, z, t)).clamp(-1, 1)
     assert torch.isclose(loss["distill"], (error ** 2)[batch.taken == 1].sum() / 24)
     policy = mac.GaussianPolicy(2, 1, 4, config())
-    changed = batch._replace(chunk=torch.where(batch.taken == 1, batch.chunk, 0.9))
+    changed = batch._replace(chunk=torch.where(batch.taken == 1, batch.chunk, 1.0))
     assert policy.loss(batch, None)["likelihood"] == policy.loss(changed, None)["likelihood"]
 
 
@@ -1575,7 +1575,7 @@ def test_settings_follow_the_environment():
         small = mac.Config(env=env, small=True)
         assert (small.collect_noise, small.critic, small.execute) == (noise, critic, execute)
     whole = mac.Config(env="cube-double-play-v0", small=True, goal="observation")
-    assert (whole.success, whole.collect) == ("model", 100)
+    assert (whole.critic, whole.collect) == ("network", 100)
     fql = mac.Config(env="cube-double-play-v0", policy="fql", small=True)
     mac.check(fql)
     assert (fql.candidates, fql.eval_candidates, fql.eval_flow, fql.fql_alpha) == (1, 1, False, 0.3)
@@ -1873,14 +1873,14 @@ def test_reach_is_measured_at_that_distance_within_a_trajectory(goal, distance):
     data, columns = hand_made(), torch.arange(goal)
     data.columns, data.rewards = columns, torch.zeros(28)
     data.rewards[[8, 14, 21, 22]] = torch.tensor([-1.0, 1, 1, 2])  # it rises at 14, 21, 22
-    model_step = lambda s, chunk, g: (s, s[:, 0], (s[:, 0] % 2 == 0).float())  # noqa: E731
     agent = types.SimpleNamespace(
         columns=columns, config=data.config, normalize=lambda batch: batch,
         value=lambda s, g: g[:, 0] - s[:, 0] if goal else s[:, 0],
         q=lambda s, chunk, g: 100 * chunk[:, 0],
         proposals=lambda count, s, g, generator: (None, torch.arange(count).expand(len(s), -1) - s),
         model_q=lambda s, chunk, g: torch.arange(16.0) ** 2 * (s[..., 0] % 2),  # flat if even
-        model_step=model_step)
+        outcome=types.SimpleNamespace(
+            predict=lambda s, chunk, g: (s[:, 0], (s[:, 0] % 2 == 0).float())))
     result = world.reach(agent, data, distance)
     starts = [t for t in range(28) if max(t + distance + 1, t + 3) in trajectory_of(t)]
     if not goal:
