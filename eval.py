@@ -372,13 +372,15 @@ class Gymnasium:
     @functools.cached_property
     def env(self):
         """One environment; None if there is no such simulator."""
+        if not self.env_id:
+            return None
         _, gymnasium = import_ogbench()
         try:
-            return self.make() if self.env_id else None
+            return self.make()
         except (gymnasium.error.Error, ImportError) as error:
             say(f"WARNING: no evaluation, for gymnasium cannot make {self.env_id!r} ({error})")
 
-    @property
+    @functools.cached_property
     def sizes(self):
         """O and A."""
         if self.env:
@@ -535,8 +537,8 @@ def flat_data(world, path):
     -> Trajectories of training and validation. Raises MacError, also where there is no room."""
     place, result = path.parent / "flat" / path.stem, []
     if world.cache_dir:  # which may serve several folders
-        source = "-".join(path.parent.resolve().parts[1:])
-        place = home(world.cache_dir, "--cache-dir") / source / path.stem
+        place = home(world.cache_dir, "--cache-dir").joinpath(*path.parent.resolve().parts[1:],
+                                                              path.stem)
     rewards = f"rewards-{world.env_id}"
     shapes = {name: (size,) for name, size in zip(("observations", "actions"), world.sizes)}
     shapes.update({rewards: ()} if world.fixed else {})
@@ -990,7 +992,7 @@ def evaluate(run, agent, args):
         say(f"{name:8} {success:>12} {row.pop('episodes'):9} {row['return']:9.1f} "
             f"±{row['return_stderr']:7.2g} {row['length']:7.1f}")
     simulator = config.env.split("-")[0]
-    if simulator in D4RL_RETURNS and not world.scripted:
+    if simulator in D4RL_RETURNS:
         low, high = D4RL_RETURNS[simulator]
         score, error = (100 * x / (high - low) for x in (table["overall"]["return"] - low,
                                                          table["overall"]["return_stderr"]))
