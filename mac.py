@@ -713,7 +713,7 @@ SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5
 SMALL_WITH_GOALS = {"collect_noise": 0.3, "policy": "centered", "critic": "model",
                     "learning_rate": 3e-3, "warmup": 0.6, "horizon": 6, "execute": 3,
                     "value_goals": (0.1, 0.7, 0.2, 0.0)}
-SMALL_SIZES = {"cube-single": {"collect": 200, "steps": 20_000},  # the ids this is for
+SMALL_SIZES = {"cube-single": {"collect": 200, "steps": 15_000},  # the ids this is for
                "cube-double": {"collect": 1000, "steps": 50_000, "eval_interval": 10_000,
                                "eval_episodes": 10},
                "puzzle-3x3": {"collect": 300, "steps": 25_000},
