@@ -86,7 +86,7 @@ class Config:
     steps: int = setting(1_000_000, "gradient steps; goal-conditioned 2M", low=1)
     device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda"))
     small: bool = setting(False, "laptop preset (SMALL in mac.py): collected data, a quarter "
-                          "of an hour; two cubes with goals an hour")
+                          "of an hour; two cubes with goals over an hour")
     # the method
     chunk: int = setting(10, "n: actions in a chunk", low=1)
     horizon: int = setting(10, "H: chunks in an imagined rollout", low=1)
@@ -1258,7 +1258,7 @@ def train(config, device, folder, checkpoint):
         hours = seconds * (config.steps - (checkpoint or {"step": 0})["step"]) / 3600
         say(f"device: CPU, {torch.get_num_threads()} threads, "
             f"{torch.backends.cpu.get_cpu_capability()}; updates take up to {hours:.1f} hours"
-            + ("" if config.small else ", --small minutes to an hour"))
+            + ("" if config.small else ", --small minutes to over an hour"))
     run = Run(config, device, world, training, validation)
     run.agent.data_source = source
     data = run.dataset
