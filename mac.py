@@ -529,14 +529,12 @@ class Agent(nn.Module):
         with torch.no_grad():
             target = returns(rollout.rewards, rollout.masks,
                              self.target_value(states[-1], goals[0]), self.discount)  # (H, B)
-        value = self.value(states[:-1], goals)  # (H, B)
-        losses = {"value": F.mse_loss(value, target)}
+        losses = {"value": F.mse_loss(self.value(states[:-1], goals), target)}
         if self.critic:
-            # What `model_q` says, of what is known: the online V(s_1) is value[1], if H > 1.
-            next_value = value[1] if len(value) > 1 else self.value(states[1], goals[0])
-            target_q = rollout.rewards[0] + self.discount * rollout.masks[0] * next_value.detach()
-            q = self.critic(states[0], rollout.chunks[0], goals[0])
-            losses["critic"] = F.mse_loss(q, target_q)
+            first = states[0], rollout.chunks[0], goals[0]
+            with torch.no_grad():
+                target = self.model_q(*first)  # (B,)
+            losses["critic"] = F.mse_loss(self.critic(*first), target)
         return losses
 
     def losses(self, batch, generator, warmup=False):
