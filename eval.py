@@ -209,22 +209,6 @@ def import_ogbench():
     return ogbench, gymnasium
 
 
-def explain_rendering(env):
-    """An environment whose `render`, where it cannot, says in a line what to set."""
-    draw = env.unwrapped.render
-
-    def render():
-        try:
-            return draw()
-        except Exception as error:  # mujoco raises many kinds where there is no renderer
-            raise MacError(f"cannot render with MUJOCO_GL={os.environ['MUJOCO_GL']} ({error}): "
-                           "install EGL (libegl1) and set MUJOCO_GL=egl before the program "
-                           "starts") from error
-
-    env.unwrapped.render = render
-    return env
-
-
 class OGBench:
     """The tasks of an OGBench id. With goal "task" a goal is those coordinates of the goal
     observation that the task is about (the paper's goals, which OGBench calls oraclerep), with
@@ -244,7 +228,7 @@ class OGBench:
             raise MacError(f"--goal {goal}: {env_id} has task goals; take {self.dataset}")
 
     def __reduce__(self):  # a process that this is sent to makes its own environment
-        return one_world, (type(self), self.env_id, self.goal)
+        return type(self), (self.env_id, self.goal)
 
     @functools.cached_property
     def env(self):
@@ -285,7 +269,7 @@ class OGBench:
                                             height=self.pixels)
         base = env.unwrapped
         base.__class__ = type("Seeded", (type(base),), {"action_space": base.action_space})
-        return explain_rendering(env)
+        return env
 
     def reset(self, env, task, seed):
         """Begin a task -> observation (O,), goal (G,) or whole goal observation (O,)."""
@@ -299,8 +283,6 @@ class OGBench:
         episodes, else OGBench's, which is downloaded or, failing that, collected too. Without
         `obtain` only what is in the folder already.
         -> path, where the data came from in a line, and the number of collected episodes."""
-        if collect and not self.scripted:
-            raise MacError(f"--collect: OGBench has no scripted policy for {self.dataset}")
         name = f"{self.dataset}-collected{collect}" if collect else self.dataset
         if collect and self.collect_noise != PLAY_NOISE:
             name += f"-noise{self.collect_noise}"
@@ -350,12 +332,6 @@ class OGBench:
                             np.stack([observations.min(0), observations.max(0)]))
 
 
-@functools.cache
-def one_world(World, env_id, goal):
-    """A world in a process that reads many files: an environment takes a second to build."""
-    return World(env_id, goal)
-
-
 WORLDS = [OGBench]
 
 
@@ -401,16 +377,13 @@ class Gymnasium:
                     name == "action" and not space.is_bounded()):
                 raise MacError(f"--env {self.env_id}: its {name} space is {space}; only flat Box "
                                "spaces, bounded ones of actions, are supported")
-        env = gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-        return explain_rendering(env)
+        return gymnasium.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
 
     def reset(self, env, task, seed):
         observation, _ = env.reset(seed=seed)
         return observation, np.zeros(0)
 
     def find(self, folder, collect, obtain=True):
-        if collect:
-            raise MacError(f"--collect: there is no scripted policy for {self.env_id!r}")
         return self.path, str(self.path), 0
 
     def data(self, path):
@@ -576,8 +549,7 @@ def mark_of(folder, file, name):
 
 def missing(folder, files, shapes):
     """-> {file: names of its arrays that are not in `folder` yet}"""
-    there = [name for name in shapes if (folder / f"{name}.npy").exists()]
-    names = {file: [name for name in shapes if name not in there
+    names = {file: [name for name in shapes if not (folder / f"{name}.npy").exists()
                     or not mark_of(folder, file, name).exists()] for file in files}
     return {file: names for file, names in names.items() if names}
 
@@ -887,7 +859,7 @@ class Evaluator:
         Returns: {task: list of (success, return, length)}, or None if `stop()` turned true;
         success is None in simulators that do not tell.
         """
-        execute = min(execute or agent.config.execute, agent.config.chunk)
+        execute = execute or agent.config.execute  # at most a whole chunk
         jobs = list(itertools.product(self.world.tasks, range(episodes)))
         while len(self.envs) < min(self.environments, len(jobs)):
             self.envs.append(self.world.make())
@@ -975,11 +947,8 @@ def evaluate(run, agent, args):
 
     def record(episode):  # a third of the frames, about as fast as it happened
         if args.video and episode.number == 0 and (episode.length % 3 == 1 or episode.done):
-            frames[episode.task].append(episode.env.render())
+            frames[episode.task].append(render(episode.env))
 
-    if args.video:
-        world.reset(world.env, world.tasks[0], args.seed)
-        world.env.render()  # an error now rather than after the first chunk
     results = Evaluator(world).play(agent, episodes, args.seed, execute, candidates, record)
     table = summarize(results)
     say(f"{run}: {config.env}, step {agent.step}, trained on {agent.data_source}")
@@ -1005,7 +974,6 @@ def evaluate(run, agent, args):
             "overall": table.pop("overall"), "tasks": table}
 
 
-@torch.no_grad()
 def model_error(agent, dataset, steps, trajectories=2000):
     """Mean squared error of the dynamics model, in normalised units, along logged trajectories
     of `steps` environment steps whose recorded actions are replayed chunk by chunk.
@@ -1015,13 +983,12 @@ def model_error(agent, dataset, steps, trajectories=2000):
     Raises: MacError if no trajectory is that long.
     """
     n, ends = agent.config.chunk, dataset.ends
-    span = steps // n * n
-    starts_up_to = (ends.diff(prepend=ends.new_tensor([-1])) - span).clamp(min=0).cumsum(0)  # (K,)
+    span, lengths = steps // n * n, ends.diff(prepend=ends.new_tensor([-1]))  # (K,) in states
+    starts_up_to = (lengths - span).clamp(min=0).cumsum(0)  # (K,)
     total = int(starts_up_to[-1])
     if not total or steps < n:
-        longest = int(ends.diff(prepend=ends.new_tensor([-1])).max()) - 1
-        raise MacError(f"--model-error-steps {steps}: needs at least one chunk ({n} actions) "
-                       f"and a trajectory of that length; the longest has {longest} steps")
+        raise MacError(f"--model-error-steps {steps}: needs at least one chunk ({n} actions) and a "
+                       f"trajectory of that length; the longest has {lengths.max() - 1} steps")
     pick = torch.linspace(0, total - 1, min(trajectories, total), dtype=torch.float64).long()
     k = torch.searchsorted(starts_up_to, pick, right=True)
     starts = ends[k] + 1 - span - (starts_up_to[k] - pick)
@@ -1033,7 +1000,6 @@ def model_error(agent, dataset, steps, trajectories=2000):
     return errors
 
 
-@torch.no_grad()
 def compare_model_errors(mac, args):
     """Print, write (RUN/model_error.csv) and, for --plot, draw the model error of every run."""
     curves = {}
@@ -1062,7 +1028,6 @@ def compare_model_errors(mac, args):
             panel.set(xlabel="environment steps", ylabel="mean squared error", yscale="log")
 
 
-@torch.no_grad()
 def reach(agent, dataset, distance, count=5000):
     """What the networks say of logged states `distance` steps before a goal that the trajectory
     does reach or, where there are no goals, before its reward rises.
@@ -1107,7 +1072,6 @@ def ideal(config, distance):
     return -(1 - config.discount ** (distance // n * n)) / (1 - config.discount ** n)
 
 
-@torch.no_grad()
 def compare_reach(mac, args):
     """Print, write (RUN/reach.csv) and, for --plot, draw how far ahead V sees, beside the value of
     what was logged, the value of never getting there, and V where the tasks begin."""
@@ -1164,7 +1128,6 @@ def validation_of(mac, agent, world, args):
     return mac.make_dataset(world.data(path)[1], agent.columns.tolist(), agent.config)
 
 
-@torch.no_grad()
 def compare_imagination(mac, args, steps=100):
     """100 steps as the simulator and as the model has them. As a picture: those normalised
     coordinates that vary most, with a recorded validation trajectory's actions and the agent's own.
@@ -1184,7 +1147,7 @@ def compare_imagination(mac, args, steps=100):
     states, simulated = rollout.observations[:, 0], [observation]
     for t, action in enumerate(rollout.chunks.view(-1, world.sizes[1]).numpy()):
         if film and t % 3 == 0:
-            frames.append(env.render())
+            frames.append(render(env))
         simulated.append(env.step(action)[0])
     if film:
         path = path_of(agent.config, world, args)
@@ -1198,7 +1161,7 @@ def compare_imagination(mac, args, steps=100):
         for row in torch.cdist(states[:-1], normal(logged)).argmin(1).tolist():
             qpos, *buttons = (array[row] for array in places.values())
             env.unwrapped.set_state(qpos, np.zeros(env.unwrapped.model.nv), *buttons)
-            imagined.append(env.render())
+            imagined.append(render(env))
         return write_video(args.imagine, [np.concatenate([frame, imagined[3 * i // n]], 1)
                                           for i, frame in enumerate(frames)])
     data = validation_of(mac, agent, world, args)
@@ -1221,6 +1184,16 @@ def compare_imagination(mac, args, steps=100):
 
 
 # ------------------------------------------------------------------------------------ pictures
+
+def render(env):
+    """An image of an environment. Raises MacError, which says what to set."""
+    try:
+        return env.render()
+    except Exception as error:  # mujoco raises many kinds where there is no renderer
+        raise MacError(f"cannot render with MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({error}): "
+                       "install EGL (libegl1) and set MUJOCO_GL=egl before the program starts"
+                       ) from error
+
 
 def write_video(path, frames):
     import imageio.v3  # comes with ogbench
@@ -1291,12 +1264,13 @@ def parse(argv):
     add("--video-size", type=number(int, 16, 2000), default=400, metavar="PIXELS",
         help="of the side of an OGBench film (default: 400)")
     add("--json", metavar="OUT.json", help="write the numbers of one run")
-    add("--imagine", metavar="OUT", help="instead of playing the next 100 steps as the simulator "
+    other = parser.add_mutually_exclusive_group().add_argument
+    other("--imagine", metavar="OUT", help="instead of playing the next 100 steps as the simulator "
         "and as the model has them: curves (.png) or a film (.gif)")
     add("--plot", nargs="?", const="", metavar="OUT.png", help="instead of playing draw the "
         "learning curve, or --model-error or --reach; default: into the (first) run folder")
-    add("--model-error", action="store_true", help="instead of playing measure the model's")
-    add("--reach", action="store_true", help="instead of playing print how far ahead V sees")
+    other("--model-error", action="store_true", help="instead of playing measure the model's")
+    other("--reach", action="store_true", help="instead of playing print how far ahead V sees")
     add("--model-error-steps", type=positive, metavar="STEPS", default=100,
         help="how far to replay (default: 100)")
     add("--dataset-dir", help="for --model-error, --reach and --imagine, if the data have moved")
@@ -1304,10 +1278,8 @@ def parse(argv):
     plays = not (args.model_error or args.reach or args.imagine or args.plot is not None)
     if (args.json or args.video) and not plays:
         raise MacError("--json and --video are of played episodes")
-    if args.model_error + args.reach + bool(args.imagine) > 1 or (
-            args.imagine and args.plot is not None):
-        raise MacError("--model-error, --reach and --imagine do not go together, nor --plot with "
-                       "the latter")
+    if args.imagine and args.plot is not None:
+        raise MacError("--imagine draws or films by itself: leave --plot out")
     if (args.json or args.video or args.imagine or args.reach) and len(args.runs) > 1:
         raise MacError("--json, --video, --imagine and --reach take a single run")
     for name, endings in ((args.json, ("",)), (args.video, (".gif",)), (args.plot, (".png",)),
@@ -1321,6 +1293,7 @@ def parse(argv):
 
 
 @command
+@torch.no_grad()
 def main(argv):
     args = parse(argv)
     import mac  # which imports this file: only a program needs both

@@ -28,9 +28,7 @@ Where this file follows the authors' published code rather than the paper's text
     - a chunk succeeds if the goal's index lies in it, learned by cross-entropy; the teacher of
       the distillation is clamped to [-1, 1]; target V follows V as it was before the step;
     - at test time only the first action of a chunk is executed (`--execute`).
-Where it differs from that code (README.md has the whole list): a chunk may start anywhere that
-leaves n actions and a state (the published sampler drops some), and V is evaluated only where a
-target needs it.
+Where it differs from that code: README.md, "Where it differs".
 """
 import argparse
 import contextlib
@@ -95,10 +93,11 @@ class Config:
     execute: int = setting(1, "actions of each chunk executed at test time", low=1)
     flow_steps: int = setting(10, "F: Euler steps of the flow policy", low=1)
     eval_flow: bool = setting(False, "at test time sample from the flow, not its distillation")
-    policy: str = setting("flow", "of the behaviour (Tables 3, 15; centered is not in the paper)",
+    policy: str = setting("flow", "of the behaviour (Tables 3, 15; centered: not in the paper)",
                           choices=POLICIES)
-    critic: str = setting("network", "what says Q of a chunk: a network or, not in the paper, what "
-                          "it is taught, a step of the models and V", choices=("network", "model"))
+    critic: str = setting("network", "where Q comes from: a network or, not in the paper, at once "
+                          "from what that is taught, the right side of Eq. 11",
+                          choices=("network", "model"))
     fql_alpha: float = setting(1.0, "weight of distillation in --policy fql (Table 11)", low=0)
     discount: float = setting(0.999, "gamma per environment step", low=0.001, high=0.999999)
     chunk_reward: str = setting("mean", "a chunk's reward, of its n discounted ones",
@@ -113,7 +112,7 @@ class Config:
     batch_size: int = setting(256, "chunks per gradient step; goal-conditioned 1024", low=1)
     rollout_batch_size: int = setting(0, "states of a batch that are rolled out; 0: all", low=0)
     learning_rate: float = setting(3e-4, "step size of Adam", low=0)
-    warmup: float = setting(0.0, "share of the steps, the first, without V and Q", low=0, high=0.99)
+    warmup: float = setting(0.0, "share of the steps, at first, without V and Q", low=0, high=0.99)
     decay: bool = setting(False, "after the warmup, let the learning rate fall linearly to zero")
     ema_rate: float = setting(0.005, "target V moves this much per step", low=0, high=1)
     precision: str = setting("float32", "of hidden layers where no gradient is needed",
@@ -122,8 +121,8 @@ class Config:
     dataset_dir: str = setting("~/.ogbench/data", "folder of the .npz files")
     cache_dir: str = setting("", "folder of their flat copies; default: flat/ beside the data")
     collect: int = setting(0, "train on this many episodes, collected here", low=0)
-    collect_noise: float = setting(PLAY_NOISE, "of the collected plans, whose deviations the "
-                                   "policies then correct; OGBench's play data have 0.1", low=0)
+    collect_noise: float = setting(PLAY_NOISE, "on the plans of the scripted policies; with more "
+                                   "the data show how to recover; OGBench's have 0.1", low=0)
     window: int = setting(0, "for data larger than memory: draw from this many transitions at a "
                           "time, a window that slides through the data; 0: from all", low=0)
     save_dir: str = setting("", "run folder; default exp/<env>-seed<seed>")
@@ -142,6 +141,10 @@ class Config:
         vars(self).update(presets(self) | given)
         self.execute = min(self.execute, self.chunk)
         self.data = self.data and os.path.abspath(home(self.data, "--data"))
+        if self.critic == "model" and self.policy in AGENTS:
+            raise MacError(f"--critic model: --policy {self.policy} climbs Q, a network")
+        if self.collect and not self.world.scripted:
+            raise MacError(f"--collect: there is no scripted policy for {self.env!r}")
 
     @property
     def world(self):
@@ -160,7 +163,7 @@ class Batch(NamedTuple):
     reward: torch.Tensor  # (B,) mean or sum of gamma^i r_{t+i}
     next_observation: torch.Tensor  # (B, O) s_{t+n}, or the state in which the task ended
     success: torch.Tensor  # (B,) 1 where the value goal's index lies in [t, t+n)
-    value_goal: torch.Tensor  # (B, G) of outcomes, rollouts, V and Q: any state may be asked for
+    value_goal: torch.Tensor  # (B, G) of outcomes, rollouts, V and Q: may be any state of the data
     actor_goal: torch.Tensor  # (B, G) of the cloned policy: mostly what its trajectory reached
     terminated: torch.Tensor  # (B,) 1 where the task ended within the chunk
     taken: torch.Tensor  # (B, D) 1 for actions taken, 0 for the zeros after the task's end
@@ -190,8 +193,8 @@ class ChunkDataset:
             raise MacError("no trajectory of the training or of the validation data has the "
                            f"{config.chunk} actions of a chunk: try a smaller --chunk")
         window = config.window or len(observations)  # 0: all
-        self.first_start, self.starts = 0, min(window, self.total_starts)  # what is drawn from
-        self.first_state, self.states = 0, min(window, len(observations))  # and as random goals
+        self.first_start, self.window_starts = 0, min(window, self.total_starts)  # drawn from
+        self.first_state, self.window_states = 0, min(window, len(observations))  # random goals
         self.offsets = torch.arange(config.chunk, device=ends.device)
         weights = config.discount ** self.offsets
         self.reward_weights = weights / config.chunk if config.chunk_reward == "mean" else weights
@@ -211,7 +214,7 @@ class ChunkDataset:
 
     def sample(self, batch_size, generator):
         """B chunks, uniform over all legal starts, or those in the window. -> Batch"""
-        pick = torch.randint(self.starts, (batch_size,), generator=generator,
+        pick = torch.randint(self.window_starts, (batch_size,), generator=generator,
                              device=self.ends.device)
         return self.batch(self.start((pick + self.first_start) % self.total_starts), generator)
 
@@ -222,11 +225,11 @@ class ChunkDataset:
         value_goal = self.sample_goals(start, last, self.config.value_goals, generator)  # (B,)
         actor_goal = self.sample_goals(start, last, self.config.actor_goals, generator)  # (B,)
         ahead = value_goal - start
-        steps = start[:, None] + self.offsets  # (B, n)
-        taken = (steps < last[:, None]).float()  # (B, n)
-        steps = torch.minimum(steps, last[:, None]).flatten()  # (B n,)
-        actions = self.actions.index_select(0, steps)  # (B n, A); quicker than self.actions[steps]
-        rewards = self.rewards.index_select(0, steps).view(taken.shape) * taken  # (B, n)
+        rows = start[:, None] + self.offsets  # (B, n)
+        taken = (rows < last[:, None]).float()  # (B, n)
+        rows = torch.minimum(rows, last[:, None]).flatten()  # (B n,)
+        actions = self.actions.index_select(0, rows)  # (B n, A); quicker than self.actions[rows]
+        rewards = self.rewards.index_select(0, rows).view(taken.shape) * taken  # (B, n)
         taken = taken.repeat_interleave(actions.shape[1], 1)  # (B, D)
         states = torch.cat([start, torch.minimum(start + n, last), value_goal, actor_goal])
         states = self.observations.index_select(0, states).unflatten(0, (4, -1))  # (4, B, O)
@@ -252,7 +255,7 @@ class ChunkDataset:
         geometric = (torch.log(u) / math.log(self.config.discount)).floor() + 1
         geometric = start + torch.minimum(geometric, left.float()).long()
         uniform = start + 1 + torch.minimum((v * left).long(), left - 1)
-        anywhere = torch.randint(self.states, (len(start),), generator=generator,
+        anywhere = torch.randint(self.window_states, (len(start),), generator=generator,
                                  device=start.device)
         anywhere = (anywhere + self.first_state) % len(self.observations)
         current, near, future, _ = np.cumsum(odds) / sum(odds)  # the odds up to each
@@ -354,8 +357,8 @@ OUTCOMES = {"reward": RewardModel, "termination": TerminationModel, "success": S
 # ----------------------------------------------------------------------------- flow policy
 
 def low_precision(config, tensor):
-    """Where no gradient is needed --precision may lower that of hidden layers: for proposals,
-    their scores, imagined rewards and the flow that is to be distilled."""
+    """In training --precision lowers that of hidden layers where no gradient is needed: for a
+    rollout's proposals, their scores and rewards, and for the flow that is to be distilled."""
     return torch.autocast(tensor.device.type, torch.bfloat16, config.precision == "bfloat16")
 
 
@@ -465,8 +468,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def fill(self, batch, generator):
-        """Zeros after the actions taken would tell the models that the task ended; proposals of
-        the policy take their place, about which rollouts ask the models."""
+        """After the task's end a chunk is zeros, by which the models could tell that it ended.
+        The policy's proposal takes their place, as it does in rollouts."""
         proposal = self.policy.propose(batch.observation, batch.actor_goal, generator)
         return batch._replace(chunk=torch.where(batch.taken == 1, batch.chunk, proposal))
 
@@ -547,7 +550,7 @@ class Agent(nn.Module):
         if warmup:
             return losses, None
         first = slice(self.config.rollout_batch_size or None)  # 0: the whole batch
-        # Of the policy, too, value goals are asked, although it is cloned with actor goals.
+        # With value goals, of the policy too, although it is cloned with actor goals.
         rollout = self.imagine(batch.observation[first], batch.value_goal[first], generator)
         return {**losses, **self.value_losses(rollout)}, rollout
 
@@ -688,7 +691,7 @@ class FQLAgent(Agent):
 
 POLICIES.update(flow=FlowPolicy, centered=CenteredPolicy, onestep=OneStepPolicy,
                 gaussian=GaussianPolicy, fql=FlowPolicy)
-AGENTS = {"fql": FQLAgent}  # of policies that change more than the proposals
+AGENTS = {"fql": FQLAgent}  # of policies that change more than proposals, with their presets
 
 
 def make_agent(observation_size, action_size, columns, config):
@@ -723,7 +726,7 @@ def presets(config):
     world, settings = config.world, {}
     if not world.fixed:
         settings.update(batch_size=1024, width=1024, steps=2_000_000)
-    if "puzzle-4x5" in config.env:  # 20 ways to go on need more candidates; a smaller net pays
+    if "puzzle-4x5" in config.env:  # 20 ways to go on need more candidates, a smaller net pays
         settings.update(candidates=32, width=256)
     if world.family == "puzzle":
         settings["actor_goals"] = (0.0, 0.5, 0.0, 0.5)
@@ -977,7 +980,7 @@ RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE
 
 @contextlib.contextmanager
 def together():
-    """Join torchrun's other processes, if there are any. Of their errors only the first is told:
+    """Join torchrun's other processes, if there are any. Of their errors the first is printed:
     the others are the same, or that a process has gone."""
     if PROCESSES == 1:
         yield
@@ -1075,10 +1078,8 @@ class Stop:
 
 
 class Run:
-    """A training run: agent, data, optimizer, random streams, and what is done between updates.
-
-    Args: training, validation: Trajectories.
-    """
+    """A training run on Trajectories: agent, data, optimizer, random streams, and what is done
+    between updates."""
 
     def __init__(self, config, device, world, training, validation):
         self.config, self.device = config, device
@@ -1126,7 +1127,8 @@ class Run:
 
         if self.device.type != "cuda":
             return lambda: update(self.agent, self.optimizer, sample(data), noise, warmup)
-        # The graph reads its batch at a fixed place, where the trial finds one of another stream.
+        # The graph reads its batch from fixed tensors; for its trial they are filled from another
+        # stream.
         place = sample(torch.Generator(data.device))
         graph, result = capture(lambda: update(self.agent, self.optimizer, place, noise, warmup),
                                 self.agent, self.optimizer, noise)
@@ -1296,8 +1298,8 @@ def train(config, device, folder, checkpoint):
 
 # ---------------------------------------------------------------------------- command line
 
-# What --resume may change. Of these the parameters at a given step depend only on `steps`, which
-# sets the length of a decay, and on `device`, whose noise is another.
+# What --resume may change. Of these only `steps`, which sets the length of a decay, and `device`,
+# whose noise is another, have an effect on the parameters at a given step.
 MAY_CHANGE = {"steps", "device", "log_interval", "eval_interval", "save_interval",
               "eval_episodes", "data", "dataset_dir", "cache_dir", "save_dir", "tensorboard"}
 # What a run may have been started with, although the data found decided otherwise.
@@ -1337,13 +1339,6 @@ def parse(argv):
     return given, resume, updates
 
 
-def check(config):
-    """Raises MacError for settings that do not go together, before data are collected."""
-    share(config)  # an error now rather than after a collection
-    if config.critic == "model" and config.policy in AGENTS:
-        raise MacError(f"--critic model: --policy {config.policy} climbs Q, a network")
-
-
 def resumed(saved, config, given):
     """The configuration of a checkpoint with what may change taken from the flags given."""
     for name in given:
@@ -1364,7 +1359,6 @@ def main(argv):
     given, resume, updates = parse(argv)
     config = Config(**given)
     if updates:
-        check(config)
         return say(json.dumps(benchmark(config, set_up_device(config.device), updates)))
     name = config.env or pathlib.Path(config.data).stem
     folder = home(config.save_dir or f"exp/{name}-seed{config.seed}", "--save-dir")
@@ -1379,7 +1373,7 @@ def main(argv):
                 config = resumed(checkpoint, config, given)
         elif resume:
             say(f"{folder} holds no checkpoint to resume from: starting at step 0")
-        check(config)
+        share(config)  # an error now rather than after a collection
         return train(config, set_up_device(config.device), folder, checkpoint)
 
 

@@ -1581,7 +1581,6 @@ def test_settings_follow_the_environment():
     whole = mac.Config(env="cube-double-play-v0", small=True, goal="observation")
     assert (whole.critic, whole.collect) == ("network", 100)
     fql = mac.Config(env="cube-double-play-v0", policy="fql", small=True)
-    mac.check(fql)
     assert (fql.candidates, fql.eval_candidates, fql.eval_flow, fql.fql_alpha) == (1, 1, False, 0.3)
     assert mac.Config(env=SINGLE, policy="fql").fql_alpha == 1
 
@@ -1825,8 +1824,8 @@ def test_imagined_futures(trained, tmp_path):
 def test_films_and_rendering_where_there_is_a_renderer_or_none(trained, tmp_path, monkeypatch):
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     codes = (f"import eval; w = eval.find_world({SINGLE!r}); w.reset(w.env, 2, 0)\n"
-             "eval.command(lambda _: w.env.render())()",
-             "import eval; eval.compare_imagination.__wrapped__.__defaults__ = (30,)\n"  # steps
+             "eval.command(lambda _: eval.render(w.env))()",
+             "import eval; eval.compare_imagination.__defaults__ = (30,)\n"  # steps
              f"eval.main([{str(trained[SINGLE])!r}, '--imagine', 'x.gif', '--video-size', '32'])")
     processes = [subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, text=True,
                                   stderr=subprocess.PIPE) for code in codes]
@@ -2562,7 +2561,8 @@ def test_bad_input_is_one_line_and_status_2(command, message, data_dir, tmp_path
     ("nowhere --json no/x.json", "cannot write no/x.json"),
     ("nowhere --json /dev/null", "cannot write /dev/null"),
     ("nowhere --plot x.pdf", "x.pdf: the name must end in .png"),
-    ("nowhere --reach --model-error", "do not go together"),
+    ("nowhere --reach --model-error", "--model-error: not allowed with argument --reach"),
+    ("nowhere --imagine x.png --plot", "leave --plot out"),
     ("nowhere --json x.json --plot", "--json and --video are of played episodes"),
     ("nowhere there --video x.gif", "--imagine and --reach take a single run"),
     ("nowhere --imagine x.mp4", "must end in .png or .gif"),
