@@ -850,9 +850,10 @@ def add_to_log(path, rows, writer=None):
             table.writeheader()
         table.writerows(rows)
     for row in rows if writer else ():
+        group = f"{path.stem}/{row['task']}" if "task" in row else path.stem
         for name, value in row.items():
             if isinstance(value, (int, float)) and name != "step":
-                writer.add_scalar(f"{path.stem}/{row.get('task', '')}/{name}", value, row["step"])
+                writer.add_scalar(f"{group}/{name}", value, row["step"])
 
 
 def open_tensorboard(folder, step):
@@ -1186,7 +1187,7 @@ class Run:
         if RANK:
             return ""
         generators = make_generators(0, self.validation.ends.device, self.device)
-        batch = self.validation.sample(self.config.batch_size, generators[0])
+        batch = self.validation.sample(self.agent.config.batch_size, generators[0])
         with torch.no_grad():
             validation, _ = self.agent.losses(to_device(batch, self.device), generators[1])
         now = {name: value.item() for name, value in self.losses.items()}

@@ -1801,7 +1801,7 @@ def test_tensorboard_holds_the_numbers_of_the_csv_files(tmp_path, monkeypatch, c
                "--save-dir", str(tmp_path / "run"), "--steps"]
     assert mac.main([*command, "2"]) == mac.main([*command, "4", "--resume"]) == 0
     events = accumulator.EventAccumulator(str(tmp_path / "run")).Reload()
-    for file, name, tag in (("train", "val_dynamics", "train//val_dynamics"),
+    for file, name, tag in (("train", "val_dynamics", "train/val_dynamics"),
                             ("eval", "length", "eval/task1/length")):
         rows = [row for row in world.read_csv(tmp_path / "run" / f"{file}.csv")
                 if row.get("task", "task1") == "task1"]
