@@ -699,10 +699,10 @@ def join(episodes):
 COLLECTED_EPISODES = 1000  # OGBench's size; a tenth as many again for validation
 
 
-def collect_data(path, name, episodes, workers=None, seed=0, noise=PLAY_NOISE):
+def collect_data(path, name, episodes, noise=PLAY_NOISE):
     """Collect `episodes` training and a tenth as many validation episodes of simulator `name`, with
     `noise` on the scripted policies' plans, into `path` and its '-val' sibling, or more than 1,000
-    into shards of 1,000, where these are missing, over all cores; the same data for any `workers`.
+    into shards of 1,000, where these are missing, over all cores; the same data for any number.
     The episodes of one shard wait in a folder beside it: an interrupted collection goes on."""
     parts = path.with_name(f".{path.stem}-episodes")
     size, shards = episodes if path.exists() else COLLECTED_EPISODES, [path]
@@ -715,13 +715,13 @@ def collect_data(path, name, episodes, workers=None, seed=0, noise=PLAY_NOISE):
             begin, end = i * size, min((i + 1) * size, episodes)
             held = {validation_file(shard): range(begin // 10, max(end, begin + 10) // 10),
                     shard: range(begin, end)}  # in order of seeds
-            jobs = {target: [(parts / f"{seed}-{split}-{e}.npz", name, noise, (seed, split, e))
+            jobs = {target: [(parts / f"{split}-{e}.npz", name, noise, (0, split, e))
                              for e in held[target]]
                     for split, target in enumerate(held) if not target.exists()}
             if jobs:
                 parts.mkdir(exist_ok=True)
                 every = sum(jobs.values(), [])
-                count = min(workers or cores(), len(every))
+                count = min(cores(), len(every))
                 say(f"collecting {len(every)} episodes of {name} in {count} processes")
                 in_processes(collect_episode, every, count, "collecting", "episode")
             for target, group in jobs.items():
