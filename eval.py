@@ -119,9 +119,12 @@ def lock(folder, name=".lock", wait=False):
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / name, "w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise MacError(f"another process is training in {folder}") from None
+        if not wait:
+            raise MacError(f"another process is training in {folder}") from None
+        say(f"waiting for another process to end its work in {folder}")
+        fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
         pass  # a file system without locks
     for leftover in folder.glob(".*.tmp"):  # of a write that was killed

@@ -1245,8 +1245,6 @@ def train(config, device, folder, checkpoint):
     config.terminations = config.terminations and bool(training.terminated.any())
     if not world.tasks:
         config.eval_interval = 0
-    if config.small and not world.scripted:
-        say("--small collects nothing here: this environment has no scripted policy")
     settings = json.dumps({**dataclasses.asdict(config), "data": source}, indent=2)
     say(settings)
     if world.columns:
@@ -1256,10 +1254,11 @@ def train(config, device, folder, checkpoint):
     else:
         run = Run(config, device, world, training, validation)  # for a trial: another follows
         seconds = min(timed(run.make_step(), 2, device))
-        hours = seconds * (config.steps - (checkpoint or {"step": 0})["step"]) / 3600
+        left = config.steps - (checkpoint or {"step": 0})["step"]
+        hours, minutes = divmod(left * seconds / 60, 60)
         say(f"device: CPU, {torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()}; updates take up to {hours:.1f} hours"
-            + ("" if config.small else ", --small minutes to over an hour"))
+            f"{torch.backends.cpu.get_cpu_capability()}; updates take up to {hours:.0f} hours "
+            f"{minutes:.0f} minutes" + ("" if config.small else ", --small minutes to over an hour"))
     run = Run(config, device, world, training, validation)
     run.agent.data_source = source
     data = run.dataset
