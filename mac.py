@@ -574,8 +574,7 @@ class Agent(nn.Module):
         -> float32 arrays (B, N, n, A) and (B, N). Raises ValueError as `act` does."""
         count = self.config.eval_candidates if count is None else count
         chunks, q = self.proposals(count, *self.enter(observation, goal), generator)
-        shape = (*q.shape, self.config.chunk, self.sizes[1])
-        return chunks.view(shape).cpu().numpy(), q.cpu().numpy()
+        return chunks.unflatten(-1, (self.config.chunk, -1)).cpu().numpy(), q.cpu().numpy()
 
     def act(self, observation, goal=None, candidates=None, generator=None):
         """Choose chunks for raw (not normalised) observations (B, O) or a single one (O,).
