@@ -1,6 +1,6 @@
 """pytest: each piece of mac.py against an independent computation; no download, no GPU needed.
 
-MAC_SLOW=1 pytest runs the long sweep too (fifty kills at random moments, about 10 minutes).
+MAC_SLOW=1 pytest runs the long sweep too (fifty kills at random moments, about 4 minutes).
 """
 import concurrent.futures
 import errno
