@@ -1257,7 +1257,8 @@ def train(config, device, folder, checkpoint):
         hours, minutes = divmod(left * seconds / 60, 60)
         say(f"device: CPU, {torch.get_num_threads()} threads, "
             f"{torch.backends.cpu.get_cpu_capability()}; updates take up to {hours:.0f} hours "
-            f"{minutes:.0f} minutes" + ("" if config.small else ", --small minutes to over an hour"))
+            f"{minutes:.0f} minutes"
+            + ("" if config.small else ", --small minutes to over an hour"))
     run = Run(config, device, world, training, validation)
     run.agent.data_source = source
     data = run.dataset
