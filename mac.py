@@ -482,9 +482,12 @@ class Agent(nn.Module):
         return (self.critic or self.model_q)(observation, chunk, goal)
 
     def model_q(self, observation, chunk, goal):
-        """What the critic is taught (Eq. 11): a step of the models, and V from there."""
+        """`q_target` of a step that is taken in the models."""
         reward, mask = self.outcome.predict(observation, chunk, goal)
-        following = self.next_observation(observation, chunk)
+        return self.q_target(reward, mask, self.next_observation(observation, chunk), goal)
+
+    def q_target(self, reward, mask, following, goal):
+        """What the critic is taught of a chunk (Eq. 11): its reward, and V where it leads."""
         return reward + self.discount * mask * self.value(following, goal)
 
     def proposals(self, count, observation, goal, generator):
@@ -534,10 +537,10 @@ class Agent(nn.Module):
                              self.target_value(states[-1], goals[0]), self.discount)  # (H, B)
         losses = {"value": F.mse_loss(self.value(states[:-1], goals), target)}
         if self.critic:
-            first = states[0], rollout.chunks[0], goals[0]
             with torch.no_grad():
-                target = self.model_q(*first)  # (B,)
-            losses["critic"] = F.mse_loss(self.critic(*first), target)
+                target = self.q_target(rollout.rewards[0], rollout.masks[0], states[1], goals[0])
+            q = self.critic(states[0], rollout.chunks[0], goals[0])  # (B,)
+            losses["critic"] = F.mse_loss(q, target)
         return losses
 
     def losses(self, batch, generator, warmup=False):
