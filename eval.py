@@ -231,7 +231,7 @@ class OGBench:
             raise MacError(f"--goal {goal}: {env_id} has task goals; take {self.dataset}")
 
     def __reduce__(self):  # a process that this is sent to makes its own environment
-        return type(self), (self.env_id, self.goal)
+        return one_world, (type(self), self.env_id, self.goal)
 
     @functools.cached_property
     def env(self):
@@ -333,6 +333,12 @@ class OGBench:
         return Trajectories(observations, data["actions"], ends, data.get("rewards", nothing),
                             np.zeros(len(ends), bool),
                             np.stack([observations.min(0), observations.max(0)]))
+
+
+@functools.cache
+def one_world(World, env_id, goal):
+    """A world in a process that reads many files: an environment takes a second to build."""
+    return World(env_id, goal)
 
 
 WORLDS = [OGBench]
@@ -977,6 +983,7 @@ def evaluate(run, agent, args):
             "overall": table.pop("overall"), "tasks": table}
 
 
+@torch.no_grad()
 def model_error(agent, dataset, steps, trajectories=2000):
     """Mean squared error of the dynamics model, in normalised units, along logged trajectories
     of `steps` environment steps whose recorded actions are replayed chunk by chunk.
@@ -1031,6 +1038,7 @@ def compare_model_errors(mac, args):
             panel.set(xlabel="environment steps", ylabel="mean squared error", yscale="log")
 
 
+@torch.no_grad()
 def reach(agent, dataset, distance, count=5000):
     """What the networks say of logged states `distance` steps before a goal that the trajectory
     does reach or, where there are no goals, before its reward rises.
