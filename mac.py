@@ -15,9 +15,8 @@ The algorithm, and the function of each step (equation numbers are the paper's):
     6. update                 one optimizer step on the sum of all losses; target V follows by EMA
 
 Shapes: B batch, N candidates, H rollout length in chunks, n chunk length, O observation,
-A action, G goal (0 where the task is fixed), D = n A the flattened chunk; T dataset states,
-K trajectories. Networks see observations and goals scaled to [-1, 1]; batches and `act` take
-them raw.
+A action, G goal (0 where a reward fixes the task), D = n A the flattened chunk; T dataset states,
+K trajectories. Networks see states scaled to [-1, 1]; batches and `act` take them raw.
 
 Where this file follows the authors' published code rather than the paper's text:
     - the noised chunk is (1-u) z + u a: Eq. 7 has the two swapped, its own text does not;
@@ -26,131 +25,148 @@ Where this file follows the authors' published code rather than the paper's text
       sum: V and Q are 1/n of the paper's, the arg max is the same (`--chunk-reward sum`);
     - losses are means over coordinates, where the paper writes sums;
     - a chunk succeeds if the goal's index lies in it, learned by cross-entropy; the teacher of
-      the distillation is clamped to [-1, 1]; target V follows V as it was before the step;
+      the distillation is clamped to [-1, 1]; target V moves towards V as it was before the step;
     - at test time only the first action of a chunk is executed (`--execute`).
 Where it differs from that code: README.md, "Where it differs".
 """
-import argparse
 import contextlib
 import copy
-import csv
 import dataclasses
-import datetime
-import hashlib
-import io
 import json
 import math
-import mmap
 import os
 import pathlib
-import resource
 import signal
 import sys
-import threading
-import time
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.distributions import Normal, TanhTransform, TransformedDistribution
-from tqdm import tqdm
 
-from eval import (PLAY_NOISE, Evaluator, MacError, Parser, Trajectories, command, find_world,
-                  headline, home, host_memory, lock, number, say, summarize, write)
+from support import console, data, devices, episodes, files, runs
+from support.console import MacError, say
+from support.worlds import find_world
 
 
-# ================ Part I: the method, from logged tensors to one step of training ================
 # -------------------------------------------------------------------------------- settings
 
-POLICIES = {}  # what --policy chooses from; add yours
+LARGEST = 2 ** 32 - 1  # of all settings; those not named here are from 0
+BOUNDS = {"discount": (0.001, 0.999999), "warmup": (0, 0.99), "ema_rate": (0, 1), **dict.fromkeys(
+    ("steps", "chunk", "horizon", "candidates", "eval_candidates", "execute", "flow_steps", "width",
+     "batch_size", "eval_episodes"), (1, LARGEST))}
 
 
-def setting(default, help, **rules):
-    """A field of Config: its value where no preset has another, its flag's help and rules."""
-    return dataclasses.field(default=None, metadata={"default": default, "help": help, **rules})
-
-
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Config:
-    """Every setting. Defaults are the paper's for reward-based tasks (Tables 6 to 8); what is
-    not given and follows from others (`presets`) is filled in when a Config is made."""
+    """Every setting; the comments are the flags' help. Defaults are the paper's for reward-based
+    tasks (Tables 6 to 8); `settings` fills in what follows from the environment and --small."""
 
-    env: str = setting("cube-double-play-v0", "OGBench dataset id; with --data any of gymnasium's")
-    data: str = setting("", "own trajectories: .npz, .hdf5 or a folder of them (README)")
-    seed: int = setting(0, "seed of parameters, batches and noise", low=0, high=2 ** 32 - 1)
-    steps: int = setting(1_000_000, "gradient steps; goal-conditioned 2M", low=1)
-    device: str = setting("auto", "where to train", choices=("auto", "cpu", "cuda"))
-    small: bool = setting(False, "laptop preset (SMALL in mac.py): collected data, a quarter "
-                          "of an hour; two cubes with goals over an hour")
+    env: str = "cube-double-play-v0"  # OGBench dataset id; with --data any of gymnasium's
+    data: str = ""  # own trajectories: .npz, .hdf5 or a folder of them (README)
+    seed: int = 0  # seed of parameters, batches and noise
+    steps: int = 1_000_000  # gradient steps; goal-conditioned 2M
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train
+    small: bool = False  # laptop preset (SMALL in mac.py): small networks, collected data
     # the method
-    chunk: int = setting(10, "n: actions in a chunk", low=1)
-    horizon: int = setting(10, "H: chunks in an imagined rollout", low=1)
-    candidates: int = setting(8, "N: proposals per decision in training", low=1)
-    eval_candidates: int = setting(32, "N at test time", low=1)
-    execute: int = setting(1, "actions of each chunk executed at test time", low=1)
-    flow_steps: int = setting(10, "F: Euler steps of the flow policy", low=1)
-    eval_flow: bool = setting(False, "at test time sample from the flow, not its distillation")
-    policy: str = setting("flow", "of the behaviour (Tables 3, 15; centered: not in the paper)",
-                          choices=POLICIES)
-    critic: str = setting("network", "where Q comes from: a network or, not in the paper, at once "
-                          "from what that is taught, the right side of Eq. 11",
-                          choices=("network", "model"))
-    fql_alpha: float = setting(1.0, "weight of distillation in --policy fql (Table 11)", low=0)
-    discount: float = setting(0.999, "gamma per environment step", low=0.001, high=0.999999)
-    chunk_reward: str = setting("mean", "a chunk's reward, of its n discounted ones",
-                                choices=("mean", "sum"))
-    terminations: bool = setting(True, "learn where the task ends, if the data have such ends")
-    goal: str = setting("task", "what a goal consists of", choices=("task", "observation"))
-    value_goals: tuple = setting((0.2, 0.0, 0.5, 0.3), "odds that a value goal is the current / "
-                                 "a geometric / a uniform future / a random state", low=0)
-    actor_goals: tuple = setting((0.0, 1.0, 0.0, 0.0), "the same for actor goals", low=0)
+    chunk: int = 10  # n: actions in a chunk
+    horizon: int = 10  # H: chunks in an imagined rollout
+    candidates: int = 8  # N: proposals per decision in training
+    eval_candidates: int = 32  # N at test time
+    execute: int = 1  # actions of each chunk that are executed at test time
+    flow_steps: int = 10  # F: Euler steps of the flow policy
+    eval_flow: bool = False  # at test time propose by the flow itself, not by its distillation
+    policy: str = "flow"  # behaviour policy: flow, or centered (not in the paper)
+    critic: Literal["network", "model"] = "network"  # Q is a network; or (model, not in the paper)
+                                                     # Eq. 11's target itself, without a network
+    discount: float = 0.999  # gamma per environment step
+    chunk_reward: Literal["mean", "sum"] = "mean"  # of a chunk's n discounted rewards
+    terminations: bool = True  # learn where the task ends, if the data have such ends
+    goal: Literal["task", "observation"] = "task"  # a goal is the task's coordinates, or all
+    value_goals: tuple = (0.2, 0.0, 0.5, 0.3)  # odds that a value goal is the current / a geometric
+                                               # future / a uniform future / a random state
+    actor_goals: tuple = (0.0, 1.0, 0.0, 0.0)  # the same for the goals of the cloned policy
     # networks and optimisation
-    width: int = setting(512, "hidden units in each of the 4 layers; goal-conditioned 1024", low=1)
-    batch_size: int = setting(256, "chunks per gradient step; goal-conditioned 1024", low=1)
-    rollout_batch_size: int = setting(0, "states of a batch that are rolled out; 0: all", low=0)
-    learning_rate: float = setting(3e-4, "step size of Adam", low=0)
-    warmup: float = setting(0.0, "share of the steps, at first, without V and Q", low=0, high=0.99)
-    decay: bool = setting(False, "after the warmup, let the learning rate fall linearly to zero")
-    ema_rate: float = setting(0.005, "target V moves this much per step", low=0, high=1)
-    precision: str = setting("float32", "of hidden layers where no gradient is needed",
-                             choices=("float32", "bfloat16"))
+    width: int = 512  # hidden units in each of the 4 layers; goal-conditioned 1024
+    batch_size: int = 256  # chunks per gradient step; goal-conditioned 1024
+    rollout_batch_size: int = 0  # states of a batch that are rolled out; 0: all
+    learning_rate: float = 3e-4  # step size of Adam
+    warmup: float = 0.0  # first part of the steps that trains the models and the policy only
+    decay: bool = False  # after the warmup, let the learning rate fall linearly to zero
+    ema_rate: float = 0.005  # target V moves this much towards V per step
     # data, logs, files
-    dataset_dir: str = setting("~/.ogbench/data", "folder of the .npz files")
-    cache_dir: str = setting("", "folder of their flat copies; default: flat/ beside the data")
-    collect: int = setting(0, "train on this many episodes, collected here", low=0)
-    collect_noise: float = setting(PLAY_NOISE, "on the plans of the scripted policies; with more "
-                                   "the data show how to recover; OGBench's have 0.1", low=0)
-    window: int = setting(0, "for data larger than memory: draw from this many transitions at a "
-                          "time, a window that slides through the data; 0: from all", low=0)
-    save_dir: str = setting("", "run folder; default exp/<env>-seed<seed>")
-    tensorboard: bool = setting(False, "write the numbers of the .csv files for TensorBoard too")
-    log_interval: int = setting(1000, "steps between rows of train.csv; 0: never", low=0)
-    eval_interval: int = setting(100_000, "steps between evaluations; 0: none at all", low=0)
-    save_interval: int = setting(10_000, "steps between checkpoints; 0: only first and last", low=0)
-    eval_episodes: int = setting(15, "episodes per task in an evaluation", low=1)
+    dataset_dir: str = "~/.ogbench/data"  # folder of the .npz files
+    cache_dir: str = ""  # folder of their flat copies; default: flat/ beside the data
+    collect: int = 0  # train on this many episodes, collected here by scripted policies
+    collect_noise: float = 0.1  # noise on the plans of scripted policies; 0.1 in OGBench's data
+    window: int = 0  # draw from this many transitions, a window that slides over the data; 0: all
+    save_dir: str = ""  # run folder; default exp/<env>-seed<seed>
+    tensorboard: bool = False  # write the numbers of the .csv files for TensorBoard too
+    log_interval: int = 1000  # steps between rows of train.csv; 0: never
+    eval_interval: int = 100_000  # steps between evaluations; 0: none at all
+    save_interval: int = 10_000  # steps between checkpoints; 0: only first and last
+    eval_episodes: int = 15  # episodes per task in an evaluation
 
     def __post_init__(self):
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        if given.get("data"):
-            given.setdefault("env", "")
-        defaults = {field.name: field.metadata["default"] for field in dataclasses.fields(self)}
-        vars(self).update(defaults | given)
-        vars(self).update(presets(self) | given)
-        self.execute = min(self.execute, self.chunk)
-        self.data = self.data and os.path.abspath(home(self.data, "--data"))
-        if self.critic == "model" and self.policy in AGENTS:
-            raise MacError(f"--critic model: --policy {self.policy} climbs Q, a network")
-        if self.collect and not self.world.scripted:
-            raise MacError(f"--collect: there is no scripted policy for {self.env!r}")
+        for name, value in vars(self).items():
+            low, high = BOUNDS.get(name, (0, LARGEST))
+            for number in value if isinstance(value, tuple) else (value,):
+                if not isinstance(number, str) and not low <= number <= high:
+                    raise MacError(f"{console.flag(name)}: {number} is not from {low} to {high}")
+            if isinstance(value, tuple) and not sum(value):
+                raise MacError(f"{console.flag(name)}: one of the odds must not be 0")
 
-    @property
-    def world(self):
-        world = find_world(self.env, self.goal, self.data)
-        world.cache_dir, world.collect_noise = self.cache_dir, self.collect_noise
-        return world
+
+# Found by measurement on two cores. The value function is learned in few steps, so it looks less
+# far ahead and its target moves faster. Until the models are good, rollouts would be wasted. The
+# distillation is still coarse at the end, so the flow itself proposes at test time.
+SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5, "candidates": 4,
+         "eval_candidates": 16, "flow_steps": 3, "eval_flow": True, "discount": 0.99,
+         "ema_rate": 0.02, "learning_rate": 1e-3, "decay": True, "steps": 16_000, "warmup": 0.5,
+         "execute": 10, "log_interval": 250, "eval_interval": 2000, "eval_episodes": 20,
+         "save_interval": 2000}
+# With goals, small networks need more. In play data the gripper is hardly ever beside a cube that
+# it is about to take, so nothing teaches them to correct their aim; noisier plans do. And a critic
+# learned in few steps does not tell the proposals for a state apart.
+SMALL_WITH_GOALS = {"collect_noise": 0.3, "policy": "centered", "critic": "model",
+                    "learning_rate": 3e-3, "warmup": 0.6, "horizon": 6, "execute": 3,
+                    "value_goals": (0.1, 0.7, 0.2, 0.0)}
+SMALL_SIZES = {"cube-single": {"collect": 200, "steps": 15_000},  # the ids these are for
+               "cube-double": {"collect": 1000, "steps": 50_000, "eval_interval": 10_000,
+                               "eval_episodes": 10},
+               "puzzle-3x3": {"collect": 300, "steps": 25_000},
+               "scene": {"collect": 150, "steps": 20_000}}
+
+
+def settings(**given):
+    """The Config of the settings given, over a policy's own, over --small's, over the paper's for
+    the environment (Tables 6 to 8). Raises MacError."""
+    if given.get("data"):
+        given = {"env": "", **given, "data": os.path.abspath(console.home(given["data"], "--data"))}
+    asked = Config(**given)
+    world, result = find_world(asked.env, asked.goal, asked.data), {}
+    if world.goal_conditioned:
+        result.update(batch_size=1024, width=1024, steps=2_000_000)
+    if "puzzle-4x5" in asked.env:  # 20 buttons need more candidates; a smaller net pays for them
+        result.update(candidates=32, width=256)
+    if world.family == "puzzle":
+        result["actor_goals"] = (0.0, 0.5, 0.0, 0.5)
+    elif world.family in ("pointmaze", "antmaze", "humanoidmaze", "antsoccer"):
+        result["actor_goals"] = (0.0, 0.0, 1.0, 0.0)
+    if asked.small:
+        result.update(SMALL, collect=100 if world.scripted else 0)
+        if world.scripted and world.goal_conditioned and asked.goal == "task":
+            for name, size in SMALL_SIZES.items():
+                if asked.env.startswith(name):
+                    result.update(SMALL_WITH_GOALS, **size)
+    result.update(getattr(AGENTS.get(asked.policy), "presets", {}), **given)
+    config = Config(**result)
+    if config.policy not in POLICIES:
+        raise MacError(f"--policy: there is no {config.policy!r} here, only {', '.join(POLICIES)}")
+    if config.collect and not world.scripted:
+        raise MacError(f"--collect: there is no scripted policy for {config.env!r}")
+    return dataclasses.replace(config, execute=min(config.execute, config.chunk))
 
 
 # --------------------------------------------------------------------------- chunk dataset
@@ -164,102 +180,94 @@ class Batch(NamedTuple):
     next_observation: torch.Tensor  # (B, O) s_{t+n}, or the state in which the task ended
     success: torch.Tensor  # (B,) 1 where the value goal's index lies in [t, t+n)
     value_goal: torch.Tensor  # (B, G) of outcomes, rollouts, V and Q: may be any state of the data
-    actor_goal: torch.Tensor  # (B, G) of the cloned policy: mostly what its trajectory reached
+    actor_goal: torch.Tensor  # (B, G) of the cloned policy: mostly a state that its trajectory met
     terminated: torch.Tensor  # (B,) 1 where the task ended within the chunk
-    taken: torch.Tensor  # (B, D) 1 for actions taken, 0 for the zeros after the task's end
+    valid: torch.Tensor  # (B, D) 1 for logged actions, 0 for padding after the task's end
 
 
 class ChunkDataset:
-    """Trajectories laid end to end, from which batches of action chunks are drawn. The arrays
-    stay as they are, raw and uncopied; an index is kept of the trajectories, not of the rows.
+    """support.data.Trajectories, from which batches of action chunks are drawn. The arrays stay raw
+    and uncopied; an index is kept of the trajectories, not of the rows. `columns` lists the G
+    coordinates of an observation that make it a goal."""
 
-    Args:
-        observations, actions, ends, rewards, terminated: tensors of eval.py's `Trajectories`
-        columns: (G,) the coordinates of an observation that make it a goal.
-    """
-
-    def __init__(self, observations, actions, ends, rewards, terminated, columns, config):
-        self.observations, self.actions, self.rewards = observations, actions, rewards
-        self.ends, self.columns, self.config = ends, columns, config
-        self.terminated = terminated & config.terminations
-        begins = F.pad(ends[:-1] + 1, (1, 0))
-        # A chunk may start wherever n actions and a state follow, the last such place included;
-        # where the task ended, in its last n - 1 states too: `taken` says how far the chunk got.
-        self.last_starts = ends - torch.where(self.terminated, 1, config.chunk)  # (K,)
+    def __init__(self, trajectories, columns, config, device="cpu"):
+        arrays = [torch.as_tensor(array).to(device) for array in trajectories[:5]]
+        self.observations, self.actions, self.ends, self.rewards, terminated = arrays
+        self.columns = torch.tensor(columns, dtype=torch.long, device=device)
+        self.config, self.terminated = config, terminated & config.terminations
+        begins = F.pad(self.ends[:-1] + 1, (1, 0))
+        # A chunk may start wherever n actions and a state follow, the last such place included.
+        # Where the task ended it may start in the last n - 1 states too; `valid` tells how far.
+        self.last_starts = self.ends - torch.where(self.terminated, 1, config.chunk)  # (K,)
         count = (self.last_starts - begins + 1).clamp(min=0)  # (K,) starts of each trajectory
         self.starts_up_to = count.cumsum(0)  # (K,) in this trajectory and those before it
         self.total_starts = int(self.starts_up_to[-1])
         if not self.total_starts:
             raise MacError("no trajectory of the training or of the validation data has the "
                            f"{config.chunk} actions of a chunk: try a smaller --chunk")
-        window = config.window or len(observations)  # 0: all
-        self.first_start, self.window_starts = 0, min(window, self.total_starts)  # drawn from
-        self.first_state, self.window_states = 0, min(window, len(observations))  # random goals
-        self.offsets = torch.arange(config.chunk, device=ends.device)
+        self.offsets = torch.arange(config.chunk, device=device)
         weights = config.discount ** self.offsets
         self.reward_weights = weights / config.chunk if config.chunk_reward == "mean" else weights
 
-    def slide_window(self, step):
-        """Of data larger than memory draw from `config.window` successive starts and states. The
-        window slides through the data, over and over, by its own length in 1,000 steps (where the
-        published code goes to the next million)."""
-        first = torch.tensor([step * self.config.window // 1000 % self.total_starts],
-                             device=self.ends.device)
-        self.first_start, self.first_state = first, self.start(first)
-
     def start(self, pick):
-        """The states (B,) that legal starts number `pick` (B,) are."""
+        """The states (B,) that the legal starts number `pick` (B,) are."""
         k = torch.searchsorted(self.starts_up_to, pick, right=True)  # the trajectory picked
         return self.last_starts[k] + 1 - (self.starts_up_to[k] - pick)
 
-    def sample(self, batch_size, generator):
-        """B chunks, uniform over all legal starts, or those in the window. -> Batch"""
-        pick = torch.randint(self.window_starts, (batch_size,), generator=generator,
-                             device=self.ends.device)
-        return self.batch(self.start((pick + self.first_start) % self.total_starts), generator)
+    def sample(self, batch_size, generator, step=0):
+        """B chunks, uniform over all legal starts. With --window they come from `config.window`
+        successive starts, which slide through the data, over and over, by their own length in 1,000
+        steps (the published code goes on to the next million then). -> Batch"""
+        window, device = self.config.window or len(self.observations), self.ends.device
+        first = torch.tensor([step * self.config.window // 1000 % self.total_starts], device=device)
+        pick = torch.randint(min(window, self.total_starts), (batch_size,), generator=generator,
+                             device=device)
+        start = self.start((pick + first) % self.total_starts)
+        return self.batch(start, generator, self.start(first) if self.config.window else 0)
 
-    def batch(self, start, generator):
+    def batch(self, start, generator, first_state=0):
         """The chunks that begin at `start` (B,), with goals drawn by `generator`. -> Batch"""
         n, k = self.config.chunk, torch.searchsorted(self.ends, start)  # (B,) the trajectories
         last = self.ends[k]  # (B,)
-        value_goal = self.sample_goals(start, last, self.config.value_goals, generator)  # (B,)
-        actor_goal = self.sample_goals(start, last, self.config.actor_goals, generator)  # (B,)
-        ahead = value_goal - start
+        value_goal = self.sample_goals(start, last, self.config.value_goals, generator, first_state)
+        actor_goal = self.sample_goals(start, last, self.config.actor_goals, generator, first_state)
+        ahead = value_goal - start  # (B,)
         rows = start[:, None] + self.offsets  # (B, n)
-        taken = (rows < last[:, None]).float()  # (B, n)
+        valid = (rows < last[:, None]).float()  # (B, n)
         rows = torch.minimum(rows, last[:, None]).flatten()  # (B n,)
         actions = self.actions.index_select(0, rows)  # (B n, A); quicker than self.actions[rows]
-        rewards = self.rewards.index_select(0, rows).view(taken.shape) * taken  # (B, n)
-        taken = taken.repeat_interleave(actions.shape[1], 1)  # (B, D)
+        rewards = self.rewards.index_select(0, rows).view(valid.shape) * valid  # (B, n)
+        valid = valid.repeat_interleave(actions.shape[1], 1)  # (B, D)
         states = torch.cat([start, torch.minimum(start + n, last), value_goal, actor_goal])
         states = self.observations.index_select(0, states).unflatten(0, (4, -1))  # (4, B, O)
         return Batch(
             observation=states[0],
             # Clipped as in the published code: a tanh reaches neither end.
-            chunk=actions.view(taken.shape).clamp(-1 + 1e-5, 1 - 1e-5) * taken,
+            chunk=actions.view(valid.shape).clamp(-1 + 1e-5, 1 - 1e-5) * valid,
             reward=(rewards * self.reward_weights).sum(1),
             next_observation=states[1],
             success=((ahead >= 0) & (ahead < n)).float(),
             value_goal=states[2].index_select(1, self.columns),
             actor_goal=states[3].index_select(1, self.columns),
             terminated=(self.terminated[k] & (start + n >= last)).float(),
-            taken=taken,
+            valid=valid,
         )
 
-    def sample_goals(self, start, last, odds, generator):
-        """Indices (B,) of goal states: with `odds` (current, geometric, uniform, random) the
-        state itself, one Geom(1 - gamma) steps ahead or uniform over the rest of the trajectory
-        (neither beyond its end, `last`), or any state of the dataset."""
+    def sample_goals(self, start, last, odds, generator, first_state=0):
+        """Indices (B,) of goal states. With `odds` (current, geometric, uniform, random) it is the
+        state itself, one Geom(1 - gamma) steps ahead, one uniform over the rest of the trajectory
+        (neither beyond its end, `last`), or any state of the dataset or the window."""
         kind, u, v = torch.rand(3, len(start), generator=generator, device=start.device)
         left = last - start
         geometric = (torch.log(u) / math.log(self.config.discount)).floor() + 1
         geometric = start + torch.minimum(geometric, left.float()).long()
         uniform = start + 1 + torch.minimum((v * left).long(), left - 1)
-        anywhere = torch.randint(self.window_states, (len(start),), generator=generator,
-                                 device=start.device)
-        anywhere = (anywhere + self.first_state) % len(self.observations)
+        count = len(self.observations)
+        random = torch.randint(min(self.config.window or count, count), (len(start),),
+                               generator=generator, device=start.device)
+        random = (random + first_state) % count
         current, near, future, _ = np.cumsum(odds) / sum(odds)  # the odds up to each
-        goal = torch.where(kind < future, uniform, anywhere)
+        goal = torch.where(kind < future, uniform, random)
         goal = torch.where(kind < near, geometric, goal)
         return torch.where(kind < current, start, goal)
 
@@ -277,7 +285,7 @@ class Normalizer(nn.Module):
     def fit(self, data):  # (T, width)
         low, high = data.amin(0), data.amax(0)
         self.middle.copy_((low + high) / 2)
-        self.scale.copy_((high - low) / 2 + 1e-3)  # the published code's, which keeps it from 0
+        self.scale.copy_((high - low) / 2 + 1e-3)  # as in the published code; never 0
 
     def forward(self, x, columns=slice(None)):
         """x (..., width), or (..., G) if it holds only those `columns` (G,)."""
@@ -301,115 +309,128 @@ class MLP(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, *inputs):
-        x = self.hidden(torch.cat(inputs, -1))
-        # Never in low precision: values between -64 and -128 are 0.5 apart in bfloat16.
-        with torch.autocast(x.device.type, enabled=False):
-            x = self.output(x.float())
+        x = self.output(self.hidden(torch.cat(inputs, -1)))
         return x.squeeze(-1) if self.scalar else x
 
 
-class RewardModel(MLP):
-    """Predicts a chunk's reward; the task never ends (Eq. 6, OGBench's reward-based tasks)."""
+class Outcome(MLP):
+    """Predicts what a chunk brings, an output for each of `names`: ("reward",) (Eq. 6), ("reward",
+    "termination") if tasks end in the data (not in the published code), or ("success",) of meeting
+    the goal (Appendix A.1). The last two are logits."""
+
+    def __init__(self, inputs, names, width):
+        super().__init__(inputs, len(names), width)
+        self.names = names
+
+    def outputs(self, observation, chunk, goal):
+        """-> {name: (...)}"""
+        return dict(zip(self.names, self(observation, chunk, goal).unbind(-1)))
 
     def loss(self, batch):
-        prediction = self(batch.observation, batch.chunk, batch.value_goal)
-        return {"reward": F.mse_loss(prediction, batch.reward)}
+        """Squared error of the reward, cross-entropy of the others. -> {name: loss}"""
+        truth = {"reward": batch.reward, "termination": batch.terminated, "success": batch.success}
+        outputs = self.outputs(batch.observation, batch.chunk, batch.value_goal)
+        return {name: (F.mse_loss if name == "reward" else F.binary_cross_entropy_with_logits)(
+            output, truth[name]) for name, output in outputs.items()}
 
     def predict(self, observation, chunk, goal):
-        """-> reward (...), mask (...): 1 where the return goes on."""
-        reward = self(observation, chunk, goal)
-        return reward, torch.ones_like(reward)
+        """-> reward (...), mask (...): 0 where the goal is met or the task ends, 1 elsewhere. Until
+        the goal is met, the reward is -1. A logit above 0 is p > 0.5."""
+        outputs = self.outputs(observation, chunk, goal)
+        if "success" in outputs:
+            success = (outputs["success"] > 0).float()
+            return success - 1, 1 - success
+        if "termination" in outputs:
+            return outputs["reward"], (outputs["termination"] <= 0).float()
+        return outputs["reward"], torch.ones_like(outputs["reward"])
 
 
-class TerminationModel(MLP):
-    """Predicts a chunk's reward and whether the task ends within it: there the return ends, too.
-    For data with such ends; the published code has no such model."""
+# ----------------------------------------------------------------------------- behaviour policies
 
-    def __init__(self, inputs, outputs, width):
-        super().__init__(inputs, 2, width)  # a reward and a logit
-
-    def loss(self, batch):
-        reward, logit = self(batch.observation, batch.chunk, batch.value_goal).unbind(-1)
-        return {"reward": F.mse_loss(reward, batch.reward),
-                "termination": F.binary_cross_entropy_with_logits(logit, batch.terminated)}
-
-    def predict(self, observation, chunk, goal):
-        reward, logit = self(observation, chunk, goal).unbind(-1)
-        return reward, (logit <= 0).float()  # a logit above 0 is p > 0.5
-
-
-class SuccessModel(MLP):
-    """Predicts whether a chunk meets the goal; reward is -1 until then, and the return ends
-    there (Appendix A.1, goal-conditioned tasks)."""
-
-    def loss(self, batch):
-        logit = self(batch.observation, batch.chunk, batch.value_goal)
-        return {"success": F.binary_cross_entropy_with_logits(logit, batch.success)}
-
-    def predict(self, observation, chunk, goal):
-        success = (self(observation, chunk, goal) > 0).float()
-        return success - 1, 1 - success
-
-
-OUTCOMES = {"reward": RewardModel, "termination": TerminationModel, "success": SuccessModel}
-
-
-# ----------------------------------------------------------------------------- flow policy
-
-def low_precision(config, tensor):
-    """In training --precision lowers that of hidden layers where no gradient is needed: for a
-    rollout's proposals, their scores and rewards, and for the flow that is to be distilled."""
-    return torch.autocast(tensor.device.type, torch.bfloat16, config.precision == "bfloat16")
-
-
-class FlowPolicy(nn.Module):
-    """MAC's policy: a flow of F steps (Eq. 7), distilled to a network of one (Eq. 8). A policy
-    has `loss`, which gives a dictionary of losses, and `propose`."""
+class Policy(nn.Module):
+    """Base of policies. A policy has `loss(batch, generator)`, a dictionary of losses, and
+    `decode(observation, goal, z)`, a chunk (..., D) in [-1, 1] from noise z (..., D)."""
 
     def __init__(self, observation_size, goal_size, chunk_size, config):
         super().__init__()
         self.config, self.chunk_size = config, chunk_size
+
+    def noise(self, observation, generator):
+        """z (..., D) from N(0, I) for each row of observation (..., O)."""
+        return torch.randn(*observation.shape[:-1], self.chunk_size, generator=generator,
+                           device=observation.device, dtype=observation.dtype)
+
+    def propose(self, observation, goal, generator):
+        """A chunk (..., D) for each row of observation (..., O) and goal (..., G)."""
+        return self.decode(observation, goal, self.noise(observation, generator))
+
+
+class FlowPolicy(Policy):
+    """MAC's policy: a flow of F steps (Eq. 7), distilled to a network of one step (Eq. 8)."""
+
+    def __init__(self, observation_size, goal_size, chunk_size, config):
+        super().__init__(observation_size, goal_size, chunk_size, config)
         inputs = observation_size + goal_size + chunk_size
         self.velocity = MLP(inputs + 1, chunk_size, config.width)
         self.one_step = MLP(inputs, chunk_size, config.width)
 
-    def noise(self, observation, goal, generator):
-        """Where flows start: z (..., D)."""
-        return torch.randn(*observation.shape[:-1], self.chunk_size, generator=generator,
-                           device=observation.device)
+    def x_0(self, observation, goal, z):
+        """Where the flow begins: at the noise."""
+        return z
 
-    def flow(self, observation, goal, z, steps=None):
-        """Follow the velocity from noise z (..., D) at u = 0 to u = 1 in F equal Euler steps."""
-        x, steps = z, steps or self.config.flow_steps
+    def flow(self, observation, goal, x_0, steps=None):
+        """Follow the velocity from x_0 (..., D) at u = 0 to u = 1 in F equal Euler steps."""
+        x, steps = x_0, steps or self.config.flow_steps
         for i in range(steps):
             u = torch.full_like(x[..., :1], i / steps)
             x = x + self.velocity(observation, goal, x, u) / steps
         return x.clamp(-1, 1)
 
     def flow_loss(self, batch, generator):
-        """Eq. 7: regress the velocity a - z at a random point of the straight line from noise z to
-        the chunk a, both (B, D), where actions were taken."""
+        """Eq. 7: regress the velocity a - x_0 at a random point x_u of the straight line from x_0
+        to the chunk a, both (B, D). Padding does not count."""
         observation, goal, a = batch.observation, batch.actor_goal, batch.chunk
-        z = self.noise(observation, goal, generator)
-        u = torch.rand(len(a), 1, generator=generator, device=a.device)
-        velocity = self.velocity(observation, goal, (1 - u) * z + u * a, u)
-        return F.mse_loss(batch.taken * velocity, batch.taken * (a - z))
+        x_0 = self.x_0(observation, goal, self.noise(observation, generator))
+        u = torch.rand(len(a), 1, generator=generator, device=a.device, dtype=a.dtype)
+        velocity = self.velocity(observation, goal, (1 - u) * x_0 + u * a, u)
+        return F.mse_loss(batch.valid * velocity, batch.valid * (a - x_0))
 
     def loss(self, batch, generator):
+        """Eq. 7, and Eq. 8: one step from x_0 is to end where the flow from x_0 ends."""
         observation, goal = batch.observation, batch.actor_goal
-        z = self.noise(observation, goal, generator)
-        with torch.no_grad(), low_precision(self.config, z):
-            teacher = self.flow(observation, goal, z)
-        chunk = self.one_step(observation, goal, z)
+        with torch.no_grad():
+            x_0 = self.x_0(observation, goal, self.noise(observation, generator))
+            teacher = self.flow(observation, goal, x_0)
+        chunk = self.one_step(observation, goal, x_0)
         return {"flow": self.flow_loss(batch, generator),
-                "distill": F.mse_loss(batch.taken * chunk, batch.taken * teacher)}
+                "distill": F.mse_loss(batch.valid * chunk, batch.valid * teacher)}
 
-    def propose(self, observation, goal, generator):
-        """A chunk (..., D) in [-1, 1] for each row of observation (..., O) and goal (..., G)."""
-        z = self.noise(observation, goal, generator)
-        if self.config.eval_flow and not self.training:  # of the two the finer, and the slower
-            return self.flow(observation, goal, z)
-        return self.one_step(observation, goal, z).clamp(-1, 1)
+    def decode(self, observation, goal, z):
+        x_0 = self.x_0(observation, goal, z)
+        if self.config.eval_flow and not self.training:  # the flow is more exact, and slower
+            return self.flow(observation, goal, x_0)
+        return self.one_step(observation, goal, x_0).clamp(-1, 1)
+
+
+class CenteredPolicy(FlowPolicy):
+    """Not in the paper: the flow begins at x_0 ~ N(mu(s, g), 0.3^2 I), not at N(0, I). A regression
+    learns mu. Small networks are then precise in a fraction of the updates."""
+
+    def __init__(self, observation_size, goal_size, chunk_size, config):
+        super().__init__(observation_size, goal_size, chunk_size, config)
+        self.center = MLP(observation_size + goal_size, chunk_size, config.width)
+
+    def x_0(self, observation, goal, z):
+        return self.center(observation, goal).detach() + 0.3 * z
+
+    def loss(self, batch, generator):
+        center = self.center(batch.observation, batch.actor_goal)
+        return {"center": F.mse_loss(batch.valid * center, batch.valid * batch.chunk),
+                **super().loss(batch, generator)}
+
+
+POLICIES = {"flow": FlowPolicy, "centered": CenteredPolicy}  # --policy; add yours
+AGENTS = {}  # --policy: its subclass of Agent, where it has one; `presets` are its settings
 
 
 # ------------------------------------------------------------------------------- the agent
@@ -427,19 +448,18 @@ class Rollout(NamedTuple):
 def returns(rewards, masks, final_value, discount):
     """R_k = r_k + discount m_k R_{k+1}, with R_H the value of the last state (Eq. 10).
     (H, B), (H, B), (B,), the discount of a chunk -> (H, B)"""
-    result, following = [], final_value
+    result = [final_value]
     for reward, mask in zip(reversed(rewards), reversed(masks)):
-        following = reward + discount * mask * following
-        result.append(following)
-    return torch.stack(result[::-1])
+        result.append(reward + discount * mask * result[-1])
+    return torch.stack(result[:0:-1])  # in the order of time, without the final value
 
 
 class Agent(nn.Module):
-    """The networks of MAC and what they compute together, of normalised observations and goals:
-    raw ones enter by `losses` and `enter`. `columns` are the G coordinates of an observation that
-    make it a goal: none where a reward fixes the task."""
+    """The networks of MAC and what they compute together. Methods take normalised observations and
+    goals unless they say "raw". `columns` lists the G coordinates of an observation that make it a
+    goal, none where a reward fixes the task; `terminations` tells whether the data have any."""
 
-    def __init__(self, observation_size, action_size, columns, config):
+    def __init__(self, observation_size, action_size, columns, config, terminations=False):
         super().__init__()
         self.config, self.sizes = config, (observation_size, action_size)
         self.discount = config.discount ** config.chunk  # of a whole chunk
@@ -449,8 +469,9 @@ class Agent(nn.Module):
         self.policy = POLICIES[config.policy](observation_size, goal_size, chunk_size, config)
         self.dynamics = MLP(observation_size + chunk_size, observation_size, config.width)
         inputs = observation_size + chunk_size + goal_size
-        outcome = "success" if columns else "termination" if config.terminations else "reward"
-        self.outcome = OUTCOMES[outcome](inputs, None, config.width)
+        self.terminations = terminations and config.terminations
+        names = ("success",) if columns else ("reward",) + ("termination",) * self.terminations
+        self.outcome = Outcome(inputs, names, config.width)
         self.critic = MLP(inputs, None, config.width) if config.critic == "network" else None
         self.value = MLP(observation_size + goal_size, None, config.width)
         self.target_value = copy.deepcopy(self.value).requires_grad_(False)
@@ -468,30 +489,30 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def fill(self, batch, generator):
-        """After the task's end a chunk is zeros, by which the models could tell that it ended.
-        The policy's proposal takes their place, as it does in rollouts."""
+        """Zero padding would tell the models of the end, so the policy's proposal replaces it."""
         proposal = self.policy.propose(batch.observation, batch.actor_goal, generator)
-        return batch._replace(chunk=torch.where(batch.taken == 1, batch.chunk, proposal))
+        return batch._replace(chunk=torch.where(batch.valid == 1, batch.chunk, proposal))
 
     def next_observation(self, observation, chunk):
-        """The model's s_{t+n}: (..., O), (..., D) -> (..., O)"""
+        """The model's s_{t+n} (Eq. 5): (..., O), (..., D) -> (..., O)"""
         return observation + self.dynamics(observation, chunk)
 
-    def q(self, observation, chunk, goal):
-        """Q of chunks (..., D): the critic's or, with `--critic model`, `model_q`'s."""
-        return (self.critic or self.model_q)(observation, chunk, goal)
+    def q_target(self, reward, mask, next_observation, goal):
+        """The target of Q (Eq. 11): the reward of a chunk, and V of the state after it."""
+        return reward + self.discount * mask * self.value(next_observation, goal)
 
     def model_q(self, observation, chunk, goal):
-        """`q_target` of a step that is taken in the models."""
+        """`q_target` of a step in the models."""
         reward, mask = self.outcome.predict(observation, chunk, goal)
         return self.q_target(reward, mask, self.next_observation(observation, chunk), goal)
 
-    def q_target(self, reward, mask, following, goal):
-        """What the critic is taught of a chunk (Eq. 11): its reward, and V where it leads."""
-        return reward + self.discount * mask * self.value(following, goal)
+    def q(self, observation, chunk, goal):
+        """Q of chunks (..., D): the critic's or, with `--critic model`, `model_q`."""
+        return (self.critic or self.model_q)(observation, chunk, goal)
 
-    def proposals(self, count, observation, goal, generator):
+    def proposals(self, observation, goal, count, generator):
         """N chunks of the policy for every state, and their Q. -> (B, N, D), (B, N)"""
+        count = self.config.eval_candidates if count is None else count
         if count < 1:
             raise ValueError(f"{count} candidates, where at least one is needed")
         observation = observation[:, None].expand(-1, count, -1)  # (B, N, O)
@@ -499,28 +520,24 @@ class Agent(nn.Module):
         chunks = self.policy.propose(observation, goal, generator)
         return chunks, self.q(observation, chunks, goal)
 
-    def best_of(self, count, observation, goal, generator):
-        """Eq. 4: of N proposals the one that Q ranks first. (B, O), (B, G) -> (B, D)"""
-        chunks, q = self.proposals(count, observation, goal, generator)
+    def best_of(self, observation, goal, count, generator):
+        """Eq. 4: the one of N proposals that Q ranks first. (B, O), (B, G) -> (B, D)"""
+        chunks, q = self.proposals(observation, goal, count, generator)
         return chunks.take_along_dim(q.argmax(1)[:, None, None], 1)[:, 0]
 
     @torch.no_grad()
     def imagine(self, observation, goal, generator, horizon=None, candidates=None):
-        """Eq. 9: H chunks in the model from every observation (B, O) at once, also past a goal,
-        where `returns` cuts. -> Rollout"""
+        """Eq. 9: H chunks in the model from every observation (B, O) at once. They go on past a
+        met goal; `returns` cuts there. -> Rollout"""
         observations, chunks = [observation], []
         for _ in range(horizon or self.config.horizon):
-            with low_precision(self.config, observation):
-                chunk = self.best_of(candidates or self.config.candidates, observation, goal,
-                                     generator)
-            # In full precision: the errors of dynamics add up along a rollout.
-            observation = self.next_observation(observation, chunk)
-            observations.append(observation)
+            chunk = self.best_of(observations[-1], goal, candidates or self.config.candidates,
+                                 generator)
+            observations.append(self.next_observation(observations[-1], chunk))
             chunks.append(chunk)
         observations, chunks = torch.stack(observations), torch.stack(chunks)
         goals = goal.expand(len(chunks), *goal.shape)  # (H, B, G)
-        with low_precision(self.config, observation):
-            rewards, masks = self.outcome.predict(observations[:-1], chunks, goals)  # (H, B)
+        rewards, masks = self.outcome.predict(observations[:-1], chunks, goals)  # (H, B)
         return Rollout(observations, chunks, rewards, masks, goals)
 
     def model_losses(self, batch):
@@ -543,631 +560,152 @@ class Agent(nn.Module):
             losses["critic"] = F.mse_loss(q, target)
         return losses
 
-    def losses(self, batch, generator, warmup=False):
-        """All losses of a raw batch, which are added with weight one, and the rollout, which is
-        None during the warmup: neither V nor Q is trained there."""
+    def losses(self, batch, generator, model_only=False):
+        """All losses of a raw batch, to be added with weight one, and the rollout. With
+        `model_only` (the warmup) neither V nor Q is trained, and the rollout is None."""
         batch = self.normalize(batch)
-        if self.config.terminations:
+        if self.terminations:
             batch = self.fill(batch, generator)
         losses = {**self.policy.loss(batch, generator), **self.model_losses(batch)}
-        if warmup:
+        if model_only:
             return losses, None
         first = slice(self.config.rollout_batch_size or None)  # 0: the whole batch
-        # With value goals, of the policy too, although it is cloned with actor goals.
+        # Rollouts use value goals. The policy gets them too, but it was cloned with actor goals.
         rollout = self.imagine(batch.observation[first], batch.value_goal[first], generator)
         return {**losses, **self.value_losses(rollout)}, rollout
 
-    def enter(self, observation, goal=None):
-        """An observation and its goal, or a batch of them, as `act` takes them.
+    def prepare(self, observation, goal=None):
+        """A raw observation and its goal, or a batch of them, as `act` takes them.
         -> normalised tensors (B, O), (B, G) on the agent's device. Raises ValueError."""
-        observation = rows("observation", observation, self.sizes[0])
+        observation = data.as_batch("observation", observation, self.sizes[0]).to(self.device)
         goal = np.zeros((len(observation), 0)) if goal is None else goal
-        goal = rows("goal", goal, len(self.columns), self.sizes[0])
+        goal = data.as_batch("goal", goal, len(self.columns), self.sizes[0]).to(self.device)
         if len(goal) != len(observation):
             raise ValueError(f"{len(goal)} goals for {len(observation)} observations")
-        observation, goal = observation.to(self.device), goal.to(self.device)
         if goal.shape[1] != len(self.columns):
             goal = goal[:, self.columns]
         return self.normalizer(observation), self.normalizer(goal, self.columns)
 
     @torch.no_grad()
     def candidates(self, observation, goal=None, count=None, generator=None):
-        """What `act` chooses from, for raw observations (B, O) and goals (B, G), or (B, O) whose
-        columns it takes: N = `count` chunks, by default `eval_candidates`, and their Q.
-        -> float32 arrays (B, N, n, A) and (B, N). Raises ValueError as `act` does."""
-        count = self.config.eval_candidates if count is None else count
-        chunks, q = self.proposals(count, *self.enter(observation, goal), generator)
+        """The N = `count` chunks (default `eval_candidates`) that `act` chooses from, and their Q,
+        for raw observations and goals. -> arrays (B, N, n, A), (B, N). Raises ValueError."""
+        chunks, q = self.proposals(*self.prepare(observation, goal), count, generator)
         return chunks.unflatten(-1, (self.config.chunk, -1)).cpu().numpy(), q.cpu().numpy()
 
+    @torch.no_grad()
     def act(self, observation, goal=None, candidates=None, generator=None):
-        """Choose chunks for raw (not normalised) observations (B, O) or a single one (O,).
-
-        Args: goal: as many, of width G or O; None where G is 0. candidates: N; 1 is cloning.
-        Returns: (B, n, A) or (n, A) float32 array, in [-1, 1].
-        Raises: ValueError for other shapes and for numbers that are not finite.
-        """
-        chunks, q = self.candidates(observation, goal, candidates, generator)
-        best = chunks[np.arange(len(q)), q.argmax(1)]
-        return best[0] if np.ndim(observation) == 1 else best
-
-
-def update(agent, optimizer, batch, generator, warmup=False):
-    """One step of Algorithm 1. -> dict of losses and of statistics (0-dimensional tensors)"""
-    losses, rollout = agent.losses(batch, generator, warmup)
-    optimizer.zero_grad()
-    sum(losses.values()).backward()
-    average_gradients(optimizer)  # with those of torchrun's other processes, if there are any
-    with torch.no_grad():  # before V's step, as in the published code
-        for target, value in zip(agent.target_value.parameters(), agent.value.parameters()):
-            target.lerp_(value, agent.config.ema_rate)
-    optimizer.step()
-    metrics = {name: loss.detach() for name, loss in losses.items()}
-    return metrics if warmup else {**metrics, "rollout_reward": rollout.rewards.mean()}
-
-
-# ============== Part II: ablations, presets, data, files, speed, training, flags ===============
-# ------------------------------------------------------------------------------- ablations
-
-class OneStepPolicy(FlowPolicy):
-    """Ablation (Table 15): flow matching alone, followed in a single Euler step. The paper says no
-    more than that its one-step policy is trained by the flow matching loss."""
-
-    def __init__(self, *sizes_and_config):
-        super().__init__(*sizes_and_config)
-        del self.one_step
-
-    def loss(self, batch, generator):
-        return {"flow": self.flow_loss(batch, generator)}
-
-    def propose(self, observation, goal, generator):
-        z = self.noise(observation, goal, generator)
-        return self.flow(observation, goal, z, steps=1)
-
-
-class CenteredPolicy(FlowPolicy):
-    """Not in the paper: flows start at x_0 ~ N(mu(s, g), 0.3^2 I), with mu learned by regression,
-    not at N(0, I). Small networks are then precise in a fraction of the updates."""
-
-    def __init__(self, observation_size, goal_size, chunk_size, config):
-        super().__init__(observation_size, goal_size, chunk_size, config)
-        self.center = MLP(observation_size + goal_size, chunk_size, config.width)
-
-    def noise(self, observation, goal, generator):
-        center = self.center(observation, goal).detach()
-        return center + 0.3 * super().noise(observation, goal, generator)
-
-    def loss(self, batch, generator):
-        center = self.center(batch.observation, batch.actor_goal)
-        return {"center": F.mse_loss(batch.taken * center, batch.taken * batch.chunk),
-                **super().loss(batch, generator)}
-
-
-class GaussianPolicy(nn.Module):
-    """Ablation (Table 3, "Gau"): a = tanh(x), x ~ N(mu(s), sigma(s)^2), by maximum likelihood
-    (Appendix A.1). That sigma is diagonal and bounded is this file's choice."""
-
-    def __init__(self, observation_size, goal_size, chunk_size, config):
-        super().__init__()
-        self.network = MLP(observation_size + goal_size, 2 * chunk_size, config.width)
-
-    def moments(self, observation, goal):
-        mean, log_std = self.network(observation, goal).chunk(2, -1)
-        return mean, log_std.clamp(-5, 2)  # the usual range; keeps the likelihood bounded
-
-    def loss(self, batch, generator):
-        mean, log_std = self.moments(batch.observation, batch.actor_goal)
-        # Not validated: that would wait for a GPU. Clipped chunks are in the open interval, the
-        # proposals that stand where no action was taken need not be.
-        normal = Normal(mean, log_std.exp(), validate_args=False)
-        policy = TransformedDistribution(normal, TanhTransform(), validate_args=False)
-        return {"likelihood": -(batch.taken * policy.log_prob(batch.taken * batch.chunk)).mean()}
-
-    def propose(self, observation, goal, generator):
-        mean, log_std = self.moments(observation, goal)
-        z = torch.randn(mean.shape, generator=generator, device=mean.device)
-        return torch.tanh(mean + log_std.exp() * z)
-
-
-class FQLAgent(Agent):
-    """Ablation (Table 3, "FQL"): instead of rejection sampling (one candidate) the one-step
-    network also climbs Q by gradient, at the imagined states and with their goals."""
-
-    @staticmethod
-    def presets(config):
-        return {"candidates": 1, "eval_candidates": 1, "eval_flow": False, "critic": "network",
-                "fql_alpha": 0.3 if "cube-double" in config.env else 1.0}  # Table 11
-
-    def losses(self, batch, generator, warmup=False):
-        losses, rollout = super().losses(batch, generator, warmup)
-        losses["distill"] = self.config.fql_alpha * losses["distill"]
-        if rollout is None:
-            return losses, rollout
-        states = rollout.observations[:-1]  # (H, B, O)
-        chunk = self.policy.propose(states, rollout.goals, generator)  # (H, B, D)
-        # Q's gradient is to reach the chunk, not Q itself.
-        fixed = {name: p.detach() for name, p in self.critic.named_parameters()}
-        q = torch.func.functional_call(self.critic, fixed, (states, chunk, rollout.goals))
-        # Over its own scale: alpha then weighs the same for any task's values.
-        return {**losses, "extract": -q.mean() / q.abs().mean().detach()}, rollout
-
-
-POLICIES.update(flow=FlowPolicy, centered=CenteredPolicy, onestep=OneStepPolicy,
-                gaussian=GaussianPolicy, fql=FlowPolicy)
-AGENTS = {"fql": FQLAgent}  # of policies that change more than proposals, with their presets
-
-
-def make_agent(observation_size, action_size, columns, config):
-    return AGENTS.get(config.policy, Agent)(observation_size, action_size, columns, config)
-
-
-# --------------------------------------------------------------------------------- presets
-
-# Found by measurement on two cores. The value function is learned in few steps, so it looks less
-# far ahead and its target moves faster; until the models are good, rollouts would be wasted; and
-# the distillation is still coarse at the end, so the flow itself proposes at test time.
-SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5, "candidates": 4,
-         "eval_candidates": 16, "flow_steps": 3, "eval_flow": True, "discount": 0.99,
-         "ema_rate": 0.02, "learning_rate": 1e-3, "decay": True, "steps": 16_000, "warmup": 0.5,
-         "collect": 100, "execute": 10, "log_interval": 250, "eval_interval": 2000,
-         "eval_episodes": 20, "save_interval": 2000}
-# Goals need more. In play data the gripper is hardly ever beside a cube that it is about to take,
-# so nothing teaches small networks to mend their aim: noisier plans do. And a critic learned in so
-# few steps does not tell the proposals for a state apart. (The rest by measurement.)
-SMALL_WITH_GOALS = {"collect_noise": 0.3, "policy": "centered", "critic": "model",
-                    "learning_rate": 3e-3, "warmup": 0.6, "horizon": 6, "execute": 3,
-                    "value_goals": (0.1, 0.7, 0.2, 0.0)}
-SMALL_SIZES = {"cube-single": {"collect": 200, "steps": 15_000},  # the ids this is for
-               "cube-double": {"collect": 1000, "steps": 50_000, "eval_interval": 10_000,
-                               "eval_episodes": 10},
-               "puzzle-3x3": {"collect": 300, "steps": 25_000},
-               "scene": {"collect": 150, "steps": 20_000}}
-
-
-def presets(config):
-    """What the environment (Tables 6 to 8), --small and the policy decide, each over the former."""
-    world, settings = config.world, {}
-    if not world.fixed:
-        settings.update(batch_size=1024, width=1024, steps=2_000_000)
-    if "puzzle-4x5" in config.env:  # 20 ways to go on need more candidates, a smaller net pays
-        settings.update(candidates=32, width=256)
-    if world.family == "puzzle":
-        settings["actor_goals"] = (0.0, 0.5, 0.0, 0.5)
-    elif world.family in ("pointmaze", "antmaze", "humanoidmaze", "antsoccer"):
-        settings["actor_goals"] = (0.0, 0.0, 1.0, 0.0)
-    if config.small:
-        settings.update(SMALL)
-        if world.scripted and not world.fixed and config.goal == "task":
-            for name, size in SMALL_SIZES.items():
-                if config.env.startswith(name):
-                    settings.update(SMALL_WITH_GOALS, **size)
-        if not world.scripted:
-            del settings["collect"]  # only a file will do
-    if config.policy in AGENTS:
-        settings.update(AGENTS[config.policy].presets(config))
-    return settings
-
-
-# ------------------------------------------------------------------------------------ data
-
-def rows(name, given, *widths):
-    """`given`, numbers of any real type, of shape (width,) or (B, width), as a float32 tensor
-    (B, width). Raises ValueError, naming it, if it is anything else or not finite."""
-    if isinstance(given, torch.Tensor):
-        given = given.detach().cpu()
-        given = given.double() if given.is_floating_point() else given  # NumPy lacks bfloat16
-    array = np.asarray(given)
-    if array.dtype.kind not in "fiub" or array.ndim not in (1, 2) or array.shape[-1] not in widths:
-        raise ValueError(f"{name} has shape {array.shape} and type {array.dtype}; this agent takes "
-                         f"{widths[0]} numbers per {name}")
-    with np.errstate(over="ignore"):  # what is too large for it is infinite
-        array = np.atleast_2d(array).astype(np.float32, "C")
-    if not np.isfinite(array).all():
-        raise ValueError(f"{name} is not finite at {np.argwhere(~np.isfinite(array))[0].tolist()}")
-    return torch.from_numpy(array)
-
-
-def make_dataset(arrays, columns, config, device=torch.device("cpu")):
-    """The chunk dataset of Trajectories on `device`, or on the host, where a batch is drawn while
-    the device works, if it would fill more than 0.6 of the memory that the device has left."""
-    tensors = [*map(torch.as_tensor, arrays[:5]), torch.tensor(columns, dtype=torch.long)]
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if sum(tensor.nbytes for tensor in tensors) > 0.6 * free:
-            device = torch.device("cpu")
-    return ChunkDataset(*(tensor.to(device) for tensor in tensors), config)
-
-
-def to_device(batch, device):
-    if batch.observation.device.type == device.type:
-        return batch
-    return Batch(*(x.pin_memory().to(device, non_blocking=True) for x in batch))
-
-
-# ----------------------------------------------------------------------------------- files
-
-def save_checkpoint(folder, state):
-    """Write folder/checkpoint.pt: torch.save's bytes and their SHA-256. The one that was there
-    becomes checkpoint-previous.pt; whenever this is cut short, one of the two is whole."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.write(hashlib.sha256(buffer.getbuffer()).digest())
-    write(folder / "checkpoint.pt", buffer.getbuffer(), folder / "checkpoint-previous.pt")
-
-
-def load_checkpoint(folder, device="cpu"):
-    """The newest whole checkpoint of a run folder; code in it is never run (`weights_only`).
-    Raises MacError if there is none."""
-    for path in (folder / "checkpoint.pt", folder / "checkpoint-previous.pt"):
-        if path.exists():
-            data = path.read_bytes()
-            if hashlib.sha256(data[:-32]).digest() == data[-32:]:
-                with must_fit(folder):
-                    return torch.load(io.BytesIO(data[:-32]), device, weights_only=True)
-            say(f"WARNING: {path} is damaged")
-    raise MacError(f"{folder} holds no checkpoint that is whole: is it a run folder of mac.py?")
-
-
-@contextlib.contextmanager
-def must_fit(folder):
-    """Raises MacError where a checkpoint does not hold what is read from it."""
-    try:
-        yield
-    except (MacError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # torch raises many kinds
-        first = " ".join(str(error).splitlines()[:2])  # of a line per parameter
-        raise MacError(f"the checkpoint in {folder} is not one of this program as it is now "
-                       f"({type(error).__name__}: {first})") from error
-
-
-def load(run, device="cpu"):
-    """The trained agent of a run folder, for use outside these scripts:
-    `mac.load("exp/...").act(observation, goal)`. Its `step` and `data_source` (a line that says
-    where the data came from) tell what it is. Raises MacError or OSError."""
-    checkpoint = load_checkpoint(pathlib.Path(run), device)
-    with must_fit(run):
-        agent = make_agent(*checkpoint["sizes"], Config(**checkpoint["config"])).to(device)
-        agent.load_state_dict(checkpoint["agent"])
-        agent.step, agent.data_source = checkpoint["step"], checkpoint["data"]
-    return agent.eval()
-
-
-def cut_log(path, keep):
-    """Cut a CSV file back to its whole lines whose step satisfies `keep`."""
-    if path.exists():
-        head, *lines = path.read_text(errors="replace").splitlines(keepends=True) or [""]
-        if head.endswith("\n") and not head.startswith("step,"):
-            raise MacError(f"{path} is damaged: move it away, the run goes on without it")
-        kept = [line for line in lines if line.endswith("\n") and line.split(",")[0].isdigit()
-                and keep(int(line.split(",")[0]))]
-        write(path, "".join([head, *kept] if head.endswith("\n") else []).encode())
-
-
-def add_to_log(path, rows, writer=None):
-    """Append dictionaries of equal keys to a CSV file, whose first line names them, and the
-    numbers in them to TensorBoard."""
-    with open(path, "a", newline="") as file:
-        table = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        if file.tell() == 0:
-            table.writeheader()
-        table.writerows(rows)
-    for row in rows if writer else ():
-        group = f"{path.stem}/{row['task']}" if "task" in row else path.stem
-        for name, value in row.items():
-            if isinstance(value, (int, float)) and name != "step":
-                writer.add_scalar(f"{group}/{name}", value, row["step"])
-
-
-def open_tensorboard(folder, step):
-    """The writer of --tensorboard, which hides what an interrupted run wrote after `step`."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise MacError("--tensorboard needs tensorboard: pip install tensorboard") from None
-    return SummaryWriter(folder, purge_step=step + 1)
-
-
-# ----------------------------------------------------------------------------------- speed
-
-def set_up_device(name):
-    """The device to train on; on a GPU with TF32 matrix products."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise MacError("--device cuda: PyTorch sees no GPU here; use --device cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        torch.set_float32_matmul_precision("high")
-        if PROCESSES > 1:  # from here on "cuda" means this one
-            index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-            if index >= count:
-                raise MacError(f"--nproc-per-node: there are {count} GPUs here, one a process")
-            torch.cuda.set_device(index)
-    return torch.device(name)
+        """Choose chunks for raw observations (B, O) or (O,), and as many goals of width G, or O (of
+        which `columns` are taken); None where G is 0. `candidates` is N, by default
+        `eval_candidates`; 1 is cloning. -> (B, n, A) or (n, A) float32 array, in [-1, 1]. Raises
+        ValueError for other shapes and for numbers that are not finite."""
+        chunk = self.best_of(*self.prepare(observation, goal), candidates, generator)
+        chunk = chunk.unflatten(-1, (self.config.chunk, -1)).cpu().numpy()
+        return chunk[0] if np.ndim(observation) == 1 else chunk
 
 
 def make_optimizer(agent):
-    """One for all networks. The step size is a tensor, so that a CUDA graph sees it change."""
+    """One Adam for all networks. The step size is a tensor, so that a CUDA graph sees it change."""
     parameters = [p for p in agent.parameters() if p.requires_grad]
     rate = torch.tensor(agent.config.learning_rate, device=agent.device)
     return torch.optim.Adam(parameters, rate, fused=True, capturable=agent.device.type == "cuda")
 
 
-def make_generators(seed, *devices):
-    """One generator per device given, their streams independent of each other. Batches and
-    training noise have one each, validation and evaluation others, so that how often one logs or
-    evaluates does not change what is learned."""
-    seeds = np.random.SeedSequence(seed).generate_state(len(devices))
-    return [torch.Generator(d).manual_seed(int(s)) for d, s in zip(devices, seeds)]
-
-
-def capture(step, agent, optimizer, generator):
-    """`step` as one CUDA graph: its hundreds of small kernels are launched by a single call.
-    The trial updates that PyTorch wants before a capture are undone, in place since the graph
-    knows addresses, so that the graph starts where the eager step would."""
-    saved = copy.deepcopy((agent.state_dict(), optimizer.state_dict()))
-    random_state = generator.get_state()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        result = step()
-    agent.load_state_dict(saved[0])
-    for index, state in optimizer.state_dict()["state"].items():
-        for name, tensor in state.items():
-            before = saved[1]["state"].get(index, {}).get(name)
-            tensor.zero_() if before is None else tensor.copy_(before)
-    generator.set_state(random_state)
-    return graph, result
-
-
-def timed(function, times, device):
-    """Seconds of each of `times` calls, after 3 that are not counted."""
-    result = []
-    for _ in range(3 + times):
-        start = time.perf_counter()
-        function()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        result.append(time.perf_counter() - start)
-    return result[3:]
-
-
-def benchmark(config, device, updates):
-    """Time `updates` updates, such as follow a warmup, on random data of the environment's shape.
-    -> dict, for one line of JSON. Under torchrun an update is all processes', floating-point
-    operations are those of one. The peak is that of a large fp32 (on a GPU: TF32) matrix product
-    in the same process; as `precision` lowers a part of the update, the ratio may pass 1."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    world, config.terminations = config.world, False
-    arrays = Trajectories(
-        torch.randn(20_000, world.sizes[0]), torch.rand(20_000, world.sizes[1]) * 2 - 1,
-        torch.tensor([19_999]), -torch.ones(20_000), torch.tensor([False]))
-    run = Run(config, device, world, arrays, arrays)
-    with FlopCounterMode(display=False) as counter:
-        batch = to_device(run.dataset.sample(run.agent.config.batch_size, run.generators[0]),
-                          device)
-        update(run.agent, run.optimizer, batch, run.generators[1])
-    times = timed(run.make_step(), updates, device)
-    averaging = timed(lambda: average_gradients(run.optimizer), updates, device)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process
-    memory *= 1 if sys.platform == "darwin" else 1024
-    if device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated()
-    size = 8192 if device.type == "cuda" else 2048
-    square = torch.randn(size, size, device=device)
-    peak = 2 * size ** 3 / min(timed(lambda: square @ square, 10, device))
-    flops, median = counter.get_total_flops(), float(np.median(times))
-    return {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "precision": config.precision, "threads": torch.get_num_threads(), "updates": updates,
-            "ms_median": 1e3 * median, "ms_min": 1e3 * min(times), "ms_max": 1e3 * max(times),
-            "gflop_per_update": flops / 1e9, "gflops": flops / median / 1e9,
-            "peak_gflops": peak / 1e9, "fraction_of_peak": flops / median / peak,
-            "peak_memory_mb": memory / 1e6, "processes": PROCESSES,
-            "all_reduce_share": float(np.median(averaging)) / median}
-
-
-# ----------------------------------------------------------------------- several processes
-
-# Under torchrun this is process RANK of PROCESSES. Each computes the losses of its share of every
-# batch, by random streams of its own; as gradients are averaged, parameters, equal at the start,
-# stay so to the bit. What is done once, process 0 does.
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
-@contextlib.contextmanager
-def together():
-    """Join torchrun's other processes, if there are any. Of their errors the first is printed:
-    the others are the same, or that a process has gone."""
-    if PROCESSES == 1:
-        yield
-        return
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
-    store, *_ = next(dist.rendezvous("env://"))
-    # By gloo they agree, on the host, so that no GPU waits. A day is for what process 0 does while
-    # the others wait: it collects data, it evaluates. That one has died is noticed at once.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                            store=store, rank=RANK, world_size=PROCESSES,
-                            timeout=datetime.timedelta(days=1))
-    try:
-        yield
-    except Exception as error:
-        if store.add("failed", 1) > 1:
-            sys.exit(getattr(error, "status", 2))
-        if "gloo" in str(error):
-            raise MacError("another process of this run has ended: --resume goes on from the last "
-                           "checkpoint") from error
-        raise
-    dist.destroy_process_group()
-
-
-def gathered(value):
-    """The `value` of every process, for all of which this waits."""
-    values = [value] * PROCESSES
-    if PROCESSES > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
-def share(config):
-    """The configuration of one process, whose batches are its part. Raises MacError."""
-    batch, rollout = config.batch_size, config.rollout_batch_size
-    if batch % PROCESSES or rollout % PROCESSES:
-        raise MacError(f"{PROCESSES} processes cannot divide --batch-size {batch} and "
-                       f"--rollout-batch-size {rollout} evenly")
-    return dataclasses.replace(config, batch_size=batch // PROCESSES,
-                               rollout_batch_size=rollout // PROCESSES)
-
-
-def average_gradients(optimizer):
-    """Over all processes, at once. A loss is a mean, so those of the shares average to the whole
-    batch's (but FQL's `extract`, whose scale is each share's own)."""
-    if PROCESSES > 1:
-        parameters = [p for p in optimizer.param_groups[0]["params"] if p.grad is not None]
-        flat = torch.cat([p.grad.flatten() for p in parameters]) / PROCESSES
-        dist.all_reduce(flat)
-        for p, mean in zip(parameters, flat.split([p.numel() for p in parameters])):
-            p.grad = mean.view_as(p)
+def update(agent, optimizer, batch, generator, model_only=False):
+    """One step of Algorithm 1. -> dict of losses and of statistics (0-dimensional tensors)"""
+    losses, rollout = agent.losses(batch, generator, model_only)
+    optimizer.zero_grad()
+    sum(losses.values()).backward()
+    devices.average_gradients(optimizer)  # with torchrun's other processes, if there are any
+    with torch.no_grad():  # before V's step, as in the published code
+        for target, value in zip(agent.target_value.parameters(), agent.value.parameters()):
+            target.lerp_(value, agent.config.ema_rate)
+    optimizer.step()
+    metrics = {name: loss.detach() for name, loss in losses.items()}
+    return metrics if model_only else {**metrics, "rollout_reward": rollout.rewards.mean()}
 
 
 # -------------------------------------------------------------------------------- training
 
-class Stop:
-    """While open, SIGINT, SIGTERM and what schedulers send before they kill, SIGHUP and SIGUSR1,
-    ask for a stop (`stop()` turns true); a second one ends a single process at once."""
+class Training:
+    """A training run. Batches and training noise have a random stream each; validation and
+    evaluation have others, so how often one logs or evaluates does not change what is learned."""
 
-    def __enter__(self):
-        self.signal, self.before = None, {}
-        if threading.current_thread() is threading.main_thread():  # no other receives signals
-            for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-                if signal.getsignal(signum) != signal.SIG_IGN:  # as nohup ignores SIGHUP
-                    self.before[signum] = signal.signal(signum, self.handle)
-        return self
-
-    def __exit__(self, *_):
-        for signum, handler in self.before.items():
-            signal.signal(signum, handler)
-
-    def handle(self, signum, frame):
-        self.signal = signum
-        if PROCESSES > 1:  # torchrun says so, may repeat it, and kills what lives 30 seconds later
-            return
-        for other in self.before:
-            signal.signal(other, signal.SIG_DFL)
-        try:
-            os.write(2, b"\nstopping after this step; once more to quit at once\n")  # reentrant
-        except OSError:  # the terminal has gone, and with it whoever read what is printed
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-    def __call__(self):
-        return self.signal is not None
-
-    def agreed(self):
-        """Whether any process was asked to, so that all stop after the same step. It is asked
-        before each, which takes the host less than a millisecond and no GPU's time."""
-        signum = torch.tensor(self.signal or 0)
-        if PROCESSES > 1:
-            dist.all_reduce(signum, dist.ReduceOp.MAX)
-        if signum:
-            self.signal = int(signum)
-        return bool(signum)
-
-
-class Run:
-    """A training run on Trajectories: agent, data, optimizer, random streams, and what is done
-    between updates."""
-
-    def __init__(self, config, device, world, training, validation):
+    def __init__(self, config, device, training, validation, columns):
         self.config, self.device = config, device
         torch.manual_seed(config.seed)
-        # The agent's configuration is this process's share of every batch, the run's the whole.
-        self.agent = make_agent(training.observations.shape[1], training.actions.shape[1],
-                                world.columns, share(config))
+        # The agent's configuration is this process's share of every batch, the run's is the whole.
+        share = dataclasses.replace(config, **devices.share(
+            batch_size=config.batch_size, rollout_batch_size=config.rollout_batch_size))
+        self.agent = AGENTS.get(config.policy, Agent)(
+            training.observations.shape[1], training.actions.shape[1], columns, share,
+            bool(training.terminated.any()))
         limits = training.observations if training.limits is None else training.limits
-        self.agent.normalizer.fit(torch.as_tensor(limits))  # then the data need not be read
+        self.agent.normalizer.fit(torch.as_tensor(limits))
         self.agent.to(device)
-        self.dataset, self.validation = (make_dataset(arrays, world.columns, config, device)
-                                         for arrays in (training, validation))
+        place = devices.device_of_data(device, training, validation)
+        self.dataset, self.validation = (ChunkDataset(trajectories, columns, config, place)
+                                         for trajectories in (training, validation))
         self.optimizer = make_optimizer(self.agent)
         # NumPy takes (seed, 0) for seed: a single process has the streams of its seed alone.
-        self.generators = make_generators((config.seed, RANK), self.dataset.ends.device, device)
+        self.generators = devices.make_generators((config.seed, devices.RANK), place, device)
         self.warmup_steps = int(config.warmup * config.steps)
-        self.step, self.saved, self.losses, self.headline, self.writer = 0, 0, {}, None, None
+        self.step, self.saved, self.losses, self.headline, self.logs = 0, 0, {}, [], None
 
-    def restore(self, state):
-        """Continue from a checkpoint. More --steps than it was made with do not make the warmup
-        longer; on another device than it was made on, or by more processes than made it, a random
-        stream begins anew."""
-        for name, fitted in self.agent.normalizer.state_dict().items():
-            if not torch.equal(fitted.cpu(), state["agent"][f"normalizer.{name}"]):
-                raise MacError("the data are not those of this run: check --dataset-dir")
-        self.agent.load_state_dict(state["agent"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    def restore(self, checkpoint):
+        """Continue from a checkpoint; other --steps do not change the length of its warmup. On
+        another device, or with more processes, a random stream begins anew."""
+        self.agent.load_state_dict(checkpoint["agent"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
         group = self.optimizer.param_groups[0]  # the checkpoint was read to the host
         group.update(capturable=self.device.type == "cuda", lr=group["lr"].to(self.device))
-        for generator, saved in zip(self.generators, state["generators"][2 * RANK:]):
+        for generator, saved in zip(self.generators, checkpoint["generators"][2 * devices.RANK:]):
             if len(saved) == len(generator.get_state()):
                 generator.set_state(saved)
-        self.step, self.warmup_steps = state["step"], state["warmup_steps"]
-        self.saved = self.step
+        self.step = self.saved = checkpoint["step"]
+        self.warmup_steps = checkpoint["warmup_steps"]
         say(f"resuming at step {self.step} of {self.config.steps}")
 
-    def make_step(self, warmup=False):
-        """A function of no arguments that draws a batch, does one update, returns its metrics."""
-        data, noise = self.generators
+    def draw(self, generator):
+        batch = self.dataset.sample(self.agent.config.batch_size, generator, self.step)
+        return devices.to_device(batch, self.device)
 
-        def sample(stream):
-            if self.config.window:
-                self.dataset.slide_window(self.step)
-            return to_device(self.dataset.sample(self.agent.config.batch_size, stream), self.device)
+    def make_step(self, model_only=False):
+        """-> a function that draws a batch and does one update, on a GPU a CUDA graph -> metrics"""
+        batches, noise = self.generators
 
-        if self.device.type != "cuda":
-            return lambda: update(self.agent, self.optimizer, sample(data), noise, warmup)
-        # The graph reads its batch from fixed tensors; for its trial they are filled from another
-        # stream.
-        place = sample(torch.Generator(data.device))
-        graph, result = capture(lambda: update(self.agent, self.optimizer, place, noise, warmup),
-                                self.agent, self.optimizer, noise)
+        def step(batch):
+            return update(self.agent, self.optimizer, batch, noise, model_only)
 
-        def step():
-            for there, tensor in zip(place, sample(data)):
-                there.copy_(tensor)
-            graph.replay()
-            return result
-        return step
+        if self.device.type == "cuda":
+            trial = self.draw(torch.Generator(batches.device))  # from a stream of its own
+            step = devices.capture(step, trial, self.agent, self.optimizer, noise)
+        return lambda: step(self.draw(batches))
 
     def due(self, interval):
         return interval and (self.step % interval == 0 or self.step == self.config.steps)
 
-    def train(self, folder, evaluator, stop):
-        """Update until `config.steps` or a signal. Saving and evaluating stand before the update
-        that they come before, so the loop runs once more than there are updates."""
+    def train(self, folder, world, facts, stop):
+        """Update until `config.steps` or a stop. Each iteration first saves and evaluates if due,
+        then updates; the last iteration does not update."""
         config, rate, phase = self.config, self.optimizer.param_groups[0]["lr"], None
-        plain = RANK > 0 or not sys.stderr.isatty()  # then a line per log interval
-        bar = tqdm(total=config.steps, initial=self.step, smoothing=0.05, unit=" steps",
-                   file=open(os.devnull, "w") if plain else sys.stderr, bar_format="step "
-                   "{n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}")
+        bar = console.Progress(total=config.steps, initial=self.step, smoothing=0.05,
+                               unit=" steps", interval=math.inf, bar_format="step "
+                               "{n_fmt}/{total_fmt}, {rate_fmt}, {remaining} left{postfix}")
         while True:
-            if self.step > self.saved and self.due(config.save_interval):
-                self.save(folder)
-            if self.step > self.warmup_steps and self.due(config.eval_interval):
-                table = self.evaluate(evaluator, stop, config.eval_episodes, config.seed,
-                                      config.execute, config.eval_candidates)
-                if table:
-                    add_to_log(folder / "eval.csv", [{"step": self.step, "task": name, **row}
-                                                     for name, row in table.items()], self.writer)
-            if self.step == config.steps or stop.agreed():
+            evaluates = self.step > self.warmup_steps and self.due(config.eval_interval)
+            if self.step > self.saved and (self.due(config.save_interval) or evaluates):
+                self.save(folder, facts)
+            if evaluates and world.tasks:
+                self.evaluate(world, stop, config.eval_episodes, config.seed, config.execute,
+                              config.eval_candidates, log=True)
+            # Processes agree, so that all of them stop after the same step.
+            stop.signal = max(devices.gathered(stop.signal))
+            if self.step == config.steps or stop.signal:
                 break
-            warmup = self.step < self.warmup_steps
-            if warmup != phase:
-                phase, do_update = warmup, self.make_step(warmup)
+            model_only = self.step < self.warmup_steps
+            if model_only != phase:
+                phase, began, do_update = model_only, self.step, self.make_step(model_only)
             if config.decay:
                 left = (config.steps - self.step) / max(1, config.steps - self.warmup_steps)
                 rate.fill_(config.learning_rate * min(1, left))
@@ -1175,209 +713,186 @@ class Run:
             self.step += 1
             bar.update()
             if self.due(config.log_interval):
-                bar.set_postfix_str(self.log(folder), refresh=False)
-                if plain:
-                    say(str(bar))
+                self.log(bar)
+            if bar.plain and (self.due(config.log_interval) or self.step == began + 10):
+                say(str(bar))  # after ten updates, too: how long this phase takes
         bar.close()
         if self.step > self.saved:
-            self.save(folder)
+            self.save(folder, facts)
 
-    def log(self, folder):
-        """A row of train.csv: this step's losses (process 0's) and those of a fixed validation
-        batch. -> the numbers worth watching"""
+    def log(self, bar):
+        """A row of train.csv: losses (process 0's) of this step and of a fixed validation batch."""
         self.check_finite()
-        if RANK:
-            return ""
-        generators = make_generators(0, self.validation.ends.device, self.device)
+        if devices.RANK:
+            return
+        generators = devices.make_generators(0, self.validation.ends.device, self.device)
         batch = self.validation.sample(self.agent.config.batch_size, generators[0])
         with torch.no_grad():
-            validation, _ = self.agent.losses(to_device(batch, self.device), generators[1])
+            validation, _ = self.agent.losses(devices.to_device(batch, self.device), generators[1])
         now = {name: value.item() for name, value in self.losses.items()}
         row = {name: now.get(name, "") for name in (*validation, "rollout_reward")}
         row.update({f"val_{name}": value.item() for name, value in validation.items()})
-        add_to_log(folder / "train.csv", [{"step": self.step, **row}], self.writer)
-        status = [f"{name} {now[name]:.3g}" for name in ("dynamics", "value", "critic")
-                  if name in now]
-        return ", ".join(status + ([self.headline] if self.headline else []))
+        self.logs.add("train", [{"step": self.step, **row}])
+        watched = [name for name in ("dynamics", "value", "critic") if name in now]
+        bar.set_postfix_str(", ".join([f"{name} {now[name]:.3g}" for name in watched]
+                                      + self.headline), refresh=False)
 
     def check_finite(self):
         """Raises MacError, status 3, if a loss or a parameter of any process is not finite."""
         values = {**self.losses, **dict(self.agent.named_parameters())}
-        for names in gathered([name for name in values if not values[name].isfinite().all()]):
-            if names:
-                raise MacError(f"{names[0]} is not finite at step {self.step}: training stopped, "
-                               f"the last checkpoint is of step {self.saved}; try a smaller "
-                               "--learning-rate in a new --save-dir", status=3)
+        bad = [name for name in values if not values[name].isfinite().all()]
+        for name in sum(devices.gathered(bad), []):
+            raise MacError(f"{name} is not finite at step {self.step}, the last checkpoint is of "
+                           f"step {self.saved}; try a smaller --learning-rate elsewhere", status=3)
 
-    def evaluate(self, evaluator, stop, episodes, seed, execute, candidates):
-        """Play episodes of every task, say how they went -> the table of `summarize`, empty after
-        a stop: --resume begins with this evaluation then. Only process 0 plays."""
-        if RANK:
-            return {}
-        results = evaluator.play(self.agent.eval(), episodes, seed, execute, candidates, stop=stop)
+    def evaluate(self, world, stop, count, seed, execute, candidates, log=False):
+        """Process 0 plays `count` episodes of every task and says how they went. After a stop
+        --resume begins with this again. Raises MacError if the simulator fails."""
+        if devices.RANK:
+            return
+        results = episodes.play(world, self.agent.eval(), count, seed, execute, candidates,
+                                stop=lambda: stop.signal)
         self.agent.train()
         if results is None:
-            return {}
-        table = summarize(results)
-        self.headline = headline(table["overall"])
-        say(f"step {self.step}: {self.headline} ({table['overall']['episodes']} episodes, "
+            return
+        table = episodes.summarize(results)
+        self.headline = [episodes.headline(table["overall"])]
+        say(f"step {self.step}: {self.headline[0]} ({table['overall']['episodes']} episodes, "
             f"{execute} of each chunk executed, N = {candidates})")
-        return table
+        if log:
+            self.logs.add("eval", [{"step": self.step, "task": name, **row}
+                                   for name, row in table.items()])
 
-    def save(self, folder):
+    def save(self, folder, facts):
         self.check_finite()
-        generators = gathered([generator.get_state() for generator in self.generators])
-        if RANK == 0:
-            save_checkpoint(folder, {
-                "step": self.step, "warmup_steps": self.warmup_steps,
-                "sizes": (*self.agent.sizes, self.agent.columns.tolist()),
-                "data": self.agent.data_source, "config": dataclasses.asdict(self.config),
+        generators = devices.gathered([generator.get_state() for generator in self.generators])
+        if devices.RANK == 0:
+            runs.save_checkpoint(folder, {
+                "step": self.step, "warmup_steps": self.warmup_steps, "facts": facts,
+                "config": dataclasses.asdict(self.config), "logs": self.logs.texts(),
                 "agent": self.agent.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "generators": sum(generators, [])})
         self.saved = self.step
 
 
-def train(config, device, folder, checkpoint):
-    """Train in `folder` until `config.steps`, a signal or an error. -> exit status"""
-    world = config.world
-    # Only process 0 looks, which may mean to download or to collect.
-    found = None if RANK else world.find(home(config.dataset_dir, "--dataset-dir"), config.collect)
-    path, source, config.collect = gathered(found)[0]
-    training, validation = world.data(path)
-    config.terminations = config.terminations and bool(training.terminated.any())
-    if not world.tasks:
-        config.eval_interval = 0
-    settings = json.dumps({**dataclasses.asdict(config), "data": source}, indent=2)
-    say(settings)
-    if world.columns:
-        say(f"goals are columns {world.columns} of the observation")
-    if device.type == "cuda":
-        say(f"device: {torch.cuda.get_device_name()}")
-    else:
-        run = Run(config, device, world, training, validation)  # for a trial: another follows
-        seconds = min(timed(run.make_step(), 2, device))
-        left = config.steps - (checkpoint or {"step": 0})["step"]
-        hours, minutes = divmod(left * seconds / 60, 60)
-        say(f"device: CPU, {torch.get_num_threads()} threads, "
-            f"{torch.backends.cpu.get_cpu_capability()}; updates take up to {hours:.0f} hours "
-            f"{minutes:.0f} minutes"
-            + ("" if config.small else ", --small minutes to over an hour"))
-    run = Run(config, device, world, training, validation)
-    run.agent.data_source = source
-    data = run.dataset
-    size = (data.observations.nbytes + data.actions.nbytes) / 1e9
-    place, memory = "GPU" if data.ends.is_cuda else "host", host_memory() / 1e9
-    say(f"data: {len(data.actions):,} states, {size:.3g} GB, kept on the {place}")
-    if place == "host" and size > memory and not config.window:
-        say(f"WARNING: its memory is {memory:.3g} GB: a batch waits for the disk, a tenth of a "
-            "second and more; --window 1000000 draws from a million states at a time")
-        for array in training[:2]:
-            if isinstance(array, np.memmap):  # else 128 KB are read around each row: 6 s a batch
-                array.base.madvise(mmap.MADV_RANDOM)
-    with Stop() as stop:
+def train(config, folder, checkpoint=None):
+    """Train in `folder` until `config.steps` or a signal. -> exit status. Raises MacError."""
+    device = devices.set_up_device(config.device)
+    world = find_world(config.env, config.goal, config.data)
+    episodes.try_out(world)
+    if checkpoint:
+        name, source = checkpoint["facts"]["data"], checkpoint["facts"]["source"]
+    else:  # only process 0 looks: it may have to download or to collect
+        name, source = devices.gathered(None if devices.RANK else world.find(config))[0]
+    training, validation = world.data(name, config)
+    # What the data and the simulator decided. A run goes on only where they are the same.
+    facts = {"sizes": [array.shape[1] for array in training[:2]], "columns": world.columns,
+             "terminations": bool(training.terminated.any()), "box": world.box,
+             "fingerprint": data.fingerprint(training), "data": name, "source": source}
+    for name, before in (checkpoint["facts"] if checkpoint else facts).items():
+        if facts[name] != before:
+            raise MacError("the data or the simulator are not those of this run: the "
+                           f"{name} was {before} and is {facts[name]}")
+    description = json.dumps({**dataclasses.asdict(config), "facts": facts}, indent=2)
+    say(description)
+    run = Training(config, device, training, validation, world.columns)
+    say(f"data on {run.dataset.ends.device.type}, training on {device.type}, CPU with "
+        f"{torch.get_num_threads()} threads and {torch.backends.cpu.get_cpu_capability()}")
+    with runs.Stop(devices.PROCESSES) as stop:
         if checkpoint:
-            with must_fit(folder):
+            with runs.must_fit(folder):
                 run.restore(checkpoint)
-        if config.tensorboard and RANK == 0:
-            run.writer = open_tensorboard(folder, run.step)
+        if devices.RANK == 0:
+            run.logs = runs.Logs(folder, checkpoint and checkpoint["logs"], config.tensorboard)
+            files.write(folder / "config.json", (description + "\n").encode())
         if not checkpoint:
-            run.save(folder)  # first, so that the folder of a run always holds a checkpoint
-        if RANK == 0:
-            cut_log(folder / "train.csv", lambda step: step <= run.step)
-            cut_log(folder / "eval.csv", lambda step: step < run.step)
-            write(folder / "config.json", (settings + "\n").encode())
-        evaluator = Evaluator(world)
-        run.train(folder, evaluator, stop)
-        if config.small and config.eval_interval:  # and of the behaviour, N = 1, to compare
+            run.save(folder, facts)  # first, so that the folder of a run always holds a checkpoint
+        run.train(folder, world, facts, stop)
+        if config.small and config.eval_interval and world.tasks:  # N = 1 is cloning, to compare
+            count = max(1, 50 // len(world.tasks))
+            say(f"closing evaluations, each of {count * len(world.tasks)} episodes:")
             for candidates in sorted({1, config.eval_candidates}):
-                for execute in sorted({1, config.execute}) if not stop() else ():
-                    run.evaluate(evaluator, stop, max(1, 50 // len(world.tasks)), config.seed + 1,
-                                 execute, candidates)
-        if stop.agreed():
+                for execute in sorted({1, config.execute}) if not stop.signal else ():
+                    run.evaluate(world, stop, count, config.seed + 1, execute, candidates)
+        if stop.signal:
             say(f"stopped at step {run.step}; the same command with --resume goes on")
             return 128 + stop.signal
     say(f"trained {run.step} steps" + (f"; now: python eval.py {folder}" if world.tasks else ""))
 
 
+def load(run, device="cpu"):
+    """The trained agent of a run folder, with its `step` and the `facts` of `train`:
+    `mac.load("exp/...").act(observation, goal)`. Raises MacError or OSError."""
+    checkpoint = runs.load_checkpoint(pathlib.Path(run), device)
+    with runs.must_fit(run):
+        config, facts = Config(**checkpoint["config"]), checkpoint["facts"]
+        agent = AGENTS.get(config.policy, Agent)(*facts["sizes"], facts["columns"], config,
+                                                 facts["terminations"])
+        agent.load_state_dict(checkpoint["agent"])
+        agent.step, agent.facts = checkpoint["step"], facts
+    return agent.float().to(device).eval()  # float: whatever the default type is
+
+
 # ---------------------------------------------------------------------------- command line
 
-# What --resume may change. Of these only `steps`, which sets the length of a decay, and `device`,
-# whose noise is another, have an effect on the parameters at a given step.
+# What --resume may change. Of these only `steps` (the length of a decay) and `device` (its noise)
+# have an effect on the parameters at a given step.
 MAY_CHANGE = {"steps", "device", "log_interval", "eval_interval", "save_interval",
               "eval_episodes", "data", "dataset_dir", "cache_dir", "save_dir", "tensorboard"}
-# What a run may have been started with, although the data found decided otherwise.
-LEFT_TO_THE_DATA = {("terminations", True), ("collect", 0)}
+
+
+def benchmark(config, updates):
+    """Time updates on random data of the environment's shape. -> dict, for one line of JSON"""
+    device = devices.set_up_device(config.device)
+    world = find_world(config.env, config.goal, config.data)
+    random = data.random_data(20_000, *world.sizes)
+    run = Training(config, device, random, random, world.columns)
+    batches, noise = run.generators
+    return devices.benchmark(lambda: update(run.agent, run.optimizer, run.draw(batches), noise),
+                             run.make_step(), device, updates)
 
 
 def parse(argv):
     """-> the settings given as flags, --resume, --benchmark"""
-    parser = Parser("mac.py", allow_abbrev=False, description="Train MAC: offline model-based RL "
-                    "with action chunks. Defaults are the paper's for reward-based tasks; others "
-                    "follow from --env.")
-    for field in dataclasses.fields(Config):
-        rules = dict(field.metadata)
-        default = rules.pop("default")
-        low, high = rules.pop("low", None), rules.pop("high", math.inf)
-        kind = float if isinstance(default, tuple) else type(default)
-        if isinstance(default, bool):
-            rules["action"] = argparse.BooleanOptionalAction  # --no-... undoes a preset's
-        elif "choices" not in rules:
-            rules.update(type=str if low is None else number(kind, low, high), metavar="X")
-        if isinstance(default, tuple):
-            rules["nargs"] = len(default)
-        if default != "":
-            named = {False: "off", True: "on"} if isinstance(default, bool) else {}
-            rules["help"] += f" (default: {named.get(default, default)})"
-        parser.add_argument(f"--{field.name.replace('_', '-')}", **rules)
+    parser = console.Parser("mac.py", allow_abbrev=False, description="Train MAC (see README.md).")
+    console.add_flags(parser, Config)
     parser.add_argument("--resume", action="store_true", help="continue the run of this folder")
-    parser.add_argument("--benchmark", type=number(int, 1), metavar="K",
+    parser.add_argument("--benchmark", type=int, default=0, metavar="K",
                         help="time K updates, print one line of JSON and exit")
     given = vars(parser.parse_args(argv))
-    resume, updates = given.pop("resume"), given.pop("benchmark")
-    given = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in given.items() if value is not None}
-    for name, value in given.items():
-        if isinstance(value, tuple) and not sum(value):
-            parser.error(f"argument --{name.replace('_', '-')}: one of the odds must not be 0")
-    return given, resume, updates
+    return given, given.pop("resume"), given.pop("benchmark")
 
 
-def resumed(saved, config, given):
-    """The configuration of a checkpoint with what may change taken from the flags given."""
-    for name in given:
-        before, now = saved["config"][name], getattr(config, name)
-        if name in MAY_CHANGE:
-            saved["config"][name] = now
-        elif before != now and (name, now) not in LEFT_TO_THE_DATA:
-            raise MacError(f"--{name.replace('_', '-')}: this run has {before}, not {now}; "
-                           "leave the flag out or use another --save-dir")
-    if saved["step"] > saved["config"]["steps"]:
-        raise MacError(f"--steps {config.steps}: this run is at step {saved['step']}")
-    return Config(**saved["config"])
-
-
-@command
-@together()
+@console.command
+@devices.together()
 def main(argv):
     given, resume, updates = parse(argv)
-    config = Config(**given)
+    config = settings(**given)
     if updates:
-        return say(json.dumps(benchmark(config, set_up_device(config.device), updates)))
+        return say(json.dumps(benchmark(config, updates)))
+    if config.tensorboard:
+        console.optional("torch.utils.tensorboard", "--tensorboard")
     name = config.env or pathlib.Path(config.data).stem
-    folder = home(config.save_dir or f"exp/{name}-seed{config.seed}", "--save-dir")
-    with lock(folder) if RANK == 0 else contextlib.nullcontext():
+    folder = console.home(config.save_dir or f"exp/{name}-seed{config.seed}", "--save-dir")
+    with files.lock(folder) if devices.RANK == 0 else contextlib.nullcontext():
         exists = any(any(folder.glob(name)) for name in ("*.json", "*.csv", "checkpoint*.pt"))
         if exists and not resume:
-            raise MacError(f"{folder} already holds a run: --resume continues it, --save-dir "
-                           "or --seed starts another")
-        checkpoint = load_checkpoint(folder) if exists else None
-        if exists:
-            with must_fit(folder):
-                config = resumed(checkpoint, config, given)
-        elif resume:
-            say(f"{folder} holds no checkpoint to resume from: starting at step 0")
-        share(config)  # an error now rather than after a collection
-        return train(config, set_up_device(config.device), folder, checkpoint)
+            raise MacError(f"{folder} already holds a run: --resume it, or give another --save-dir")
+        if not exists:
+            return train(config, folder)
+        checkpoint = runs.load_checkpoint(folder)
+        with runs.must_fit(folder):
+            before = Config(**checkpoint["config"])
+        for name in given:
+            was, now = getattr(before, name), getattr(config, name)
+            if name in MAY_CHANGE:
+                before = dataclasses.replace(before, **{name: now})
+            elif was != now:
+                raise MacError(f"{console.flag(name)}: this run has {was}, not {now}; use another "
+                               "--save-dir")
+        if checkpoint["step"] > before.steps:
+            raise MacError(f"--steps {before.steps}: this run is at step {checkpoint['step']}")
+        return train(before, folder, checkpoint)
 
 
 if __name__ == "__main__":

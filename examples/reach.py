@@ -1,0 +1,104 @@
+"""How far the value function sees: what the networks say of held-out states some steps before a
+goal that the trajectory did reach or, where a reward fixes the task, before its reward rises.
+
+    python examples/reach.py exp/<run> --plot reach.png
+
+"ideal" is the value of what was logged, "agreement" the correlation, over 16 proposals for a state,
+of Q with what it is taught. Where tasks begin with a V as low as "never", best-of-N is a lottery.
+"""
+import dataclasses
+import pathlib
+import sys
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # where mac.py is
+import mac
+from support import console, files, worlds
+
+
+@torch.no_grad()
+def reach(agent, dataset, distance, count=5000):
+    """-> means of V, of Q of the logged chunk, of its success or reward in the model, and of the
+    agreement (nan if there is nothing to rank), over up to `count` random states `distance` steps
+    before; None if there is no such state"""
+    generator, goals = torch.Generator().manual_seed(0), len(agent.columns) > 0
+    start = torch.randint(len(dataset.observations), (count,), generator=generator)
+    if not goals:
+        rises = 1 + (dataset.rewards[1:] > dataset.rewards[:-1]).nonzero()[:, 0]
+        rises = rises[~torch.isin(rises - 1, dataset.ends)]
+        pick = torch.randint(max(1, len(rises)), (count * (len(rises) > 0),), generator=generator)
+        start = rises[pick] - distance
+    last = dataset.ends[torch.searchsorted(dataset.ends, start)]
+    start = start[(start >= 0) & (start + max(distance + 1, agent.config.chunk) <= last)]
+    if not len(start):
+        return None
+    batch = dataset.batch(start, generator)
+    goal = dataset.observations[start + distance][:, agent.columns]
+    batch = agent.normalize(batch._replace(value_goal=goal))
+    state, chunk, goal = batch.observation, batch.chunk, batch.value_goal
+    reward, mask = agent.outcome.predict(state, chunk, goal)
+    few = state[:500], goal[:500]
+    chunks, q = agent.proposals(*few, 16, generator)
+    many_states, many_goals = (x[:, None].expand(-1, 16, -1) for x in few)
+    taught = agent.model_q(many_states, chunks, many_goals)
+    agreement = torch.cosine_similarity(q - q.mean(1, True), taught - taught.mean(1, True))
+    values = (agent.value(state, goal), agent.q(state, chunk, goal), 1 - mask if goals else reward,
+              agreement[taught.amin(1) < taught.amax(1)])
+    return [value.mean().item() for value in values]
+
+
+def ideal(config, distance):
+    """V of a path that meets its goal in `distance` steps: -1 for each chunk before that one."""
+    n = config.chunk
+    return -(1 - config.discount ** (distance // n * n)) / (1 - config.discount ** n)
+
+
+@console.command
+@torch.no_grad()
+def main(argv):
+    parser = console.Parser(description="How far the value function sees.")
+    parser.add_argument("run", type=pathlib.Path, help="run folder")
+    parser.add_argument("--dataset-dir", help="where the data are (default: as in training)")
+    parser.add_argument("--plot", metavar="OUT.png", help="draw it, too")
+    args = parser.parse_args(argv)
+    agent = mac.load(args.run)
+    config = dataclasses.replace(agent.config,
+                                 dataset_dir=args.dataset_dir or agent.config.dataset_dir)
+    world = worlds.find_world(config.env, config.goal, config.data)
+    _, validation = world.data(agent.facts["data"], config)
+    dataset, goals = mac.ChunkDataset(validation, world.columns, config), world.goal_conditioned
+    names = ["steps", "V", "Q", "success" if goals else "reward", "agreement"] + ["ideal"] * goals
+    rows = [[distance, *means] + [ideal(config, distance)] * goals
+            for distance in (0, 10, 20, 30, 50, 70, 100, 150, 200, 300, 400)
+            if (means := reach(agent, dataset, distance))]
+    text = "".join(",".join(map(str, row)) + "\n" for row in [names, *rows])
+    files.write(args.run / "reach.csv", text.encode())
+    console.say("".join(f"{name:>10}" for name in names))
+    for row in rows:
+        console.say(f"{row[0]:10}" + "".join(f"{number:10.2f}" for number in row[1:]))
+    lines = {"never": -1 / (1 - agent.discount)} if goals else {}
+    for task in world.tasks:  # V where it begins
+        begins = [[np.array(x) for x in world.reset(world.env, task, seed)] for seed in range(10)]
+        value = agent.value(*agent.prepare(*map(np.stack, zip(*begins))))
+        lines[f"task{task} begins"] = value.mean().item()
+    console.say("V: " + ", ".join(f"{name} {value:.2f}" for name, value in lines.items()))
+    if args.plot:
+        console.optional("matplotlib", "--plot")
+        from matplotlib.figure import Figure
+        figure, (steps, *columns) = Figure((9, 3.2), layout="tight"), zip(*rows)
+        panels = figure.subplots(1, 2)
+        for name, column in zip(names[1:], columns):
+            panels[int(name in names[3:5])].plot(steps, column, ".-", label=name)
+        for color, (name, value) in enumerate(lines.items(), 3):
+            panels[0].axhline(value, color=f"C{color}", linestyle=":", label=name)
+        for panel in panels:
+            panel.set(xlabel="environment steps before")
+            panel.legend(fontsize=7)
+        figure.savefig(args.plot, format="png", dpi=120)
+        console.say(f"wrote {args.plot}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
