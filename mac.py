@@ -699,9 +699,9 @@ class Training:
             if evaluates and world.tasks:
                 self.evaluate(world, stop, config.eval_episodes, config.seed, config.execute,
                               config.eval_candidates, log=True)
-            # Processes agree, so that all of them stop after the same step.
-            stop.signal = max(devices.gathered(stop.signal))
-            if self.step == config.steps or stop.signal:
+            signum = max(devices.gathered(stop.signal))  # all processes stop after the same step
+            if self.step == config.steps or signum:
+                stop.signal = signum or stop.signal
                 break
             model_only = self.step < self.warmup_steps
             if model_only != phase:
@@ -779,7 +779,8 @@ def train(config, folder, checkpoint=None):
     """Train in `folder` until `config.steps` or a signal. -> exit status. Raises MacError."""
     device = devices.set_up_device(config.device)
     world = find_world(config.env, config.goal, config.data)
-    episodes.try_out(world)
+    if config.eval_interval:
+        episodes.try_out(world)
     if checkpoint:
         name, source = checkpoint["facts"]["data"], checkpoint["facts"]["source"]
     else:  # only process 0 looks: it may have to download or to collect

@@ -1,5 +1,5 @@
-"""The paper's ablations (Tables 3 and 15), and the recipe for a policy of your own: a class, its name
-in mac.POLICIES, and mac.main, which takes all flags of mac.py.
+"""The paper's ablations (Tables 3 and 15). A policy of your own is made alike: a class, its name in
+mac.POLICIES, and mac.main, which takes all flags of mac.py.
 
     python examples/ablations.py --policy gaussian --env cube-single-play-singletask-v0 --small
     python eval.py exp/cube-single-play-singletask-v0-seed0 --with examples/ablations.py
@@ -56,8 +56,8 @@ class GaussianPolicy(mac.Policy):
 
 
 class FQLAgent(mac.Agent):
-    """Table 3, "FQL": instead of rejection sampling (one candidate) the one-step network also climbs
-    Q by gradient, at the imagined states and with their goals."""
+    """Table 3, "FQL": the one-step network also climbs Q by its gradient at the imagined states,
+    with their goals; instead of that there is no rejection sampling: one candidate."""
 
     presets = {"candidates": 1, "eval_candidates": 1, "eval_flow": False, "critic": "network"}
 

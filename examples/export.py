@@ -26,10 +26,12 @@ class Acting(torch.nn.Module):
         self.agent = agent.requires_grad_(False)
 
     def forward(self, observation, goal, z):
-        agent, cast = self.agent, torch.ops.aten._to_copy  # .float() of float32 would be left out
-        observation, goal, z = (cast(x, dtype=torch.float32) for x in (observation, goal, z))
-        observation = agent.normalizer(observation).expand(z.shape[0], -1)
-        goal = agent.normalizer(goal, agent.columns).expand(z.shape[0], -1)
+        # Copied, as `.float()` would be left out of a program that is traced with float32.
+        observation, goal, z = (torch.zeros_like(x, dtype=torch.float32).copy_(x)
+                                for x in (observation, goal, z))
+        agent, n = self.agent, z.shape[0]
+        observation = agent.normalizer(observation).expand(n, -1)
+        goal = agent.normalizer(goal, agent.columns).expand(n, -1)
         chunks = agent.policy.decode(observation, goal, z)
         best = agent.q(observation, chunks, goal).argmax(0, keepdim=True)
         return chunks.index_select(0, best).view(agent.config.chunk, -1)
@@ -39,7 +41,7 @@ class Acting(torch.nn.Module):
 def main(argv):
     parser = console.Parser(description="Export how an agent acts.")
     parser.add_argument("run", help="run folder")
-    parser.add_argument("out", help="file to write, .pt2")
+    parser.add_argument("out", nargs="?", default="acting.pt2", help="default: acting.pt2")
     parser.add_argument("--with", dest="program", help="file that defines the run's policy")
     args = parser.parse_args(argv)
     if args.program:

@@ -1,6 +1,6 @@
 """How the dynamics model's error grows with the steps looked ahead (the paper's Figures 2 and 8).
 
-    python examples/model_error.py exp/chunk1 exp/chunk5 --plot model_error.png
+    python examples/model_error.py exp/chunk1 exp/chunk5 --plot
 """
 import dataclasses
 import pathlib
@@ -42,7 +42,7 @@ def main(argv):
     parser = console.Parser(description="Error of the dynamics model.")
     parser.add_argument("runs", nargs="+", metavar="RUN", type=pathlib.Path, help="run folder")
     parser.add_argument("--steps", type=int, default=100, help="to look ahead (default: 100)")
-    parser.add_argument("--plot", metavar="OUT.png", help="draw it, too")
+    parser.add_argument("--plot", nargs="?", const="model_error.png", help="draw it, too")
     args, curves = parser.parse_args(argv), {}
     for run in args.runs:
         agent = mac.load(run)

@@ -1,10 +1,10 @@
 """How far the value function sees: what the networks say of held-out states some steps before a
 goal that the trajectory did reach or, where a reward fixes the task, before its reward rises.
 
-    python examples/reach.py exp/<run> --plot reach.png
+    python examples/reach.py exp/<run> --plot
 
-"ideal" is the value of what was logged, "agreement" the correlation, over 16 proposals for a state,
-of Q with what it is taught. Where tasks begin with a V as low as "never", best-of-N is a lottery.
+"ideal" is the value of what was logged. "agreement" is the correlation of Q with its target, over
+16 proposals for a state. If V where tasks begin is that of "never", Q cannot rank proposals.
 """
 import dataclasses
 import pathlib
@@ -34,15 +34,14 @@ def reach(agent, dataset, distance, count=5000):
     start = start[(start >= 0) & (start + max(distance + 1, agent.config.chunk) <= last)]
     if not len(start):
         return None
-    batch = dataset.batch(start, generator)
     goal = dataset.observations[start + distance][:, agent.columns]
-    batch = agent.normalize(batch._replace(value_goal=goal))
+    batch = agent.normalize(dataset.batch(start, generator)._replace(value_goal=goal))
     state, chunk, goal = batch.observation, batch.chunk, batch.value_goal
     reward, mask = agent.outcome.predict(state, chunk, goal)
     few = state[:500], goal[:500]
     chunks, q = agent.proposals(*few, 16, generator)
     many_states, many_goals = (x[:, None].expand(-1, 16, -1) for x in few)
-    taught = agent.model_q(many_states, chunks, many_goals)
+    taught = agent.model_q(many_states, chunks, many_goals)  # the target of Q
     agreement = torch.cosine_similarity(q - q.mean(1, True), taught - taught.mean(1, True))
     values = (agent.value(state, goal), agent.q(state, chunk, goal), 1 - mask if goals else reward,
               agreement[taught.amin(1) < taught.amax(1)])
@@ -61,11 +60,11 @@ def main(argv):
     parser = console.Parser(description="How far the value function sees.")
     parser.add_argument("run", type=pathlib.Path, help="run folder")
     parser.add_argument("--dataset-dir", help="where the data are (default: as in training)")
-    parser.add_argument("--plot", metavar="OUT.png", help="draw it, too")
+    parser.add_argument("--plot", nargs="?", const="reach.png", metavar="OUT", help="draw it, too")
     args = parser.parse_args(argv)
     agent = mac.load(args.run)
-    config = dataclasses.replace(agent.config,
-                                 dataset_dir=args.dataset_dir or agent.config.dataset_dir)
+    folder = args.dataset_dir or agent.config.dataset_dir
+    config = dataclasses.replace(agent.config, dataset_dir=folder)
     world = worlds.find_world(config.env, config.goal, config.data)
     _, validation = world.data(agent.facts["data"], config)
     dataset, goals = mac.ChunkDataset(validation, world.columns, config), world.goal_conditioned

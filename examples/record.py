@@ -1,6 +1,6 @@
 """Record episodes of a simulator, here by a clumsy controller, as data for mac.py.
 
-    python examples/record.py reacher.npz
+    python examples/record.py  # 300 episodes of Reacher-v5 -> reacher.npz
     python mac.py --env Reacher-v5 --data reacher.npz --small
     python eval.py exp/Reacher-v5-seed0 --execute 1 --episodes 50
 """
@@ -28,7 +28,8 @@ def controller(s, rng):
 @console.command
 def main(argv):
     parser = console.Parser(description="Record episodes of Reacher-v5.")
-    parser.add_argument("file", type=pathlib.Path, help="a new .npz file")
+    parser.add_argument("file", nargs="?", type=pathlib.Path, default="reacher.npz",
+                        help="a new file (default: reacher.npz)")
     parser.add_argument("--episodes", type=int, default=300, help="default: 300")
     args = parser.parse_args(argv)
     if args.file.suffix != ".npz" or args.file.exists() or args.episodes < 2:

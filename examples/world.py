@@ -23,19 +23,13 @@ class Smooth(mac.FlowPolicy):
         return (chunk + chunk.roll(1, -1)) / 2
 
 
-class Near(mac.Outcome):
-    """Success is to end near the goal. (By default it is to pass the very state of the data that
-    was drawn as the goal.)"""
-
-    def loss(self, batch):
-        near = (batch.next_observation - batch.value_goal).abs()[:, 0] < 0.05
-        return super().loss(batch._replace(success=near.float()))
-
-
 class SmoothAgent(mac.Agent):
-    """The agent of --policy smooth. (mac.Agent.outcome_class = Near would be for every policy.)"""
+    """The agent of --policy smooth: success is to end near the goal. (By default it is to pass the
+    very state of the data that was drawn as the goal.)"""
 
-    outcome_class = Near
+    def model_losses(self, batch):
+        near = (batch.next_observation - batch.value_goal).abs()[:, 0] < 0.05
+        return super().model_losses(batch._replace(success=near.float()))
 
 
 class Point:

@@ -122,5 +122,5 @@ def optional(module, what):
     try:
         return importlib.import_module(module)
     except ImportError:
-        package = module.replace("torch.utils.", "")
+        package = module.replace("torch.utils.", "").split(".")[0]
         raise MacError(f"{what} needs {package}: pip install {package}") from None

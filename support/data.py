@@ -120,4 +120,4 @@ def as_batch(name, given, *widths):
         given = given.double() if given.is_floating_point() else given  # NumPy lacks bfloat16
     array = np.atleast_2d(given)
     width = array.shape[-1] if array.shape[-1] in widths else widths[0]
-    return torch.from_numpy(np.ascontiguousarray(check("act", name, array, (None, width))))
+    return torch.tensor(np.ascontiguousarray(check("act", name, array, (None, width))))

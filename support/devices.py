@@ -26,11 +26,10 @@ def set_up_device(name):
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     torch.set_float32_matmul_precision("high")
-    if PROCESSES > 1:  # from here on "cuda" means this one
-        index, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if index >= count:
-            raise MacError(f"--nproc-per-node: there are {count} GPUs here, one a process")
-        torch.cuda.set_device(index)
+    if PROCESSES > 1:
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+            raise MacError(f"--nproc-per-node: there are {torch.cuda.device_count()} GPUs here")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # from here on "cuda" means this one
     return torch.device("cuda")
 
 
@@ -155,7 +154,7 @@ def benchmark(eager, step, device, updates):
     times = seconds(step, updates)
     size = 8192 if device.type == "cuda" else 2048
     square = torch.randn(size, size, device=device)
-    peak = 2 * size ** 3 / min(seconds(lambda: square @ square, 10))
+    peak = 2 * size ** 3 / min(seconds(lambda: square @ square, 3))
     flops, median = counter.get_total_flops(), float(np.median(times))
     return {"ms_median": 1e3 * median, "ms_min": 1e3 * min(times), "gflop_per_update": flops / 1e9,
             "fraction_of_peak": flops / median / peak, "threads": torch.get_num_threads(),

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from support.console import MacError, Progress
+from support.files import check
 
 
 class World:
@@ -55,49 +56,49 @@ def import_simulators():
     return ogbench, gymnasium
 
 
+@contextlib.contextmanager
+def faults(world):
+    """What goes wrong in a simulator becomes a MacError, which says how to go on."""
+    try:
+        yield
+    except Exception as error:
+        raise MacError(f"the simulator of {world.env_id} failed ({type(error).__name__}: {error}); "
+                       "mend it and --resume, or go on without evaluations (--eval-interval 0)"
+                       ) from error
+
+
 class Episode:
     """An episode under way, and the actions still to be executed of its current chunk."""
 
     def __init__(self, world, env, task, number, seed):
-        self.env, self.task, self.number = env, task, number
+        self.world, self.env, self.task, self.number = world, env, task, number
         self.plan, self.reward, self.length, self.success, self.done = [], 0.0, 0, None, False
         state = np.random.SeedSequence((seed, task, number)).generate_state(1)
-        observation, self.goal = world.reset(env, task, int(state[0]))
-        self.observation = np.array(observation)  # a copy: simulators may use the array again
+        with faults(world):
+            observation, self.goal = world.reset(env, task, int(state[0]))
+            self.observation = np.array(observation)  # a copy: simulators may use the array again
 
     def step(self):
-        observation, reward, terminated, truncated, info = self.env.step(self.plan.pop(0))
-        self.observation = np.array(observation)
-        self.reward += float(np.asarray(reward).item())
+        with faults(self.world):
+            observation, reward, terminated, truncated, info = self.env.step(self.plan.pop(0))
+            self.observation = np.array(observation)
+            self.reward += float(np.asarray(reward).item())
+            success = info.get("success", info.get("is_success"))  # the latter: stable-baselines3
         self.length += 1
-        success = info.get("success", info.get("is_success"))  # the latter: stable-baselines3
         if success is not None:
             self.success = bool(self.success or success)
         self.done = terminated or truncated
 
 
-@contextlib.contextmanager
-def faults(world, advice):
-    """What goes wrong in a simulator becomes a MacError."""
-    try:
-        yield
-    except MacError:
-        raise
-    except Exception as error:
-        raise MacError(f"the simulator of {world.env_id} failed ({type(error).__name__}: {error}); "
-                       + advice) from error
-
-
 def try_out(world):
     """Reset and step the simulator once, to find its faults before training. Raises MacError."""
-    with faults(world, "mend it before training"):
-        for task in world.tasks[:1]:
-            episode = Episode(world, world.env, task, 0, 0)
-            first, episode.plan = episode.observation, [np.zeros(world.sizes[1], np.float32)]
-            episode.step()
-            for state in (first, episode.observation):
-                if state.shape != world.sizes[:1] or not np.isfinite(state).all():
-                    raise ValueError(f"an observation is {state}")
+    for task in world.tasks[:1]:
+        episode = Episode(world, world.env, task, 0, 0)
+        first, episode.plan = episode.observation, [np.zeros(world.sizes[1], np.float32)]
+        episode.step()
+        for state in (first, episode.observation):
+            with faults(world):
+                check("the simulator", "observation", state, world.sizes[:1])
 
 
 def play(world, agent, episodes, seed=0, execute=None, candidates=None,
@@ -114,9 +115,7 @@ def play(world, agent, episodes, seed=0, execute=None, candidates=None,
     generator = torch.Generator(agent.device).manual_seed(seed)
     results = {task: [] for task in world.tasks}
     bar = Progress(total=len(jobs), desc="playing", unit=" episodes", leave=False)
-    threads = concurrent.futures.ThreadPoolExecutor()
-    with bar, threads, faults(world, "a run in training is saved: --resume goes on with this "
-                              "evaluation, --resume --eval-interval 0 without any"):
+    with bar, concurrent.futures.ThreadPoolExecutor() as threads:
         envs = world.envs(min(world.parallel, len(jobs)))
         step_all = threads.map if world.parallel > 1 else map  # some bear one thread only
         active = [Episode(world, env, *jobs.pop(0), seed) for env in envs]

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pathlib
 import re
+import shutil
 import signal
 import threading
 import zipfile
@@ -21,27 +22,26 @@ DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError
 
 @contextlib.contextmanager
 def lock(folder, wait=False):
-    """Make the folder and hold it; refuse or wait while another process does. Afterwards an empty
-    folder is removed. Raises MacError."""
+    """Make the folder and hold it; refuse or wait while another process does. Where nobody waits, a
+    folder in which nothing was made is removed again. Raises MacError."""
     folder.mkdir(parents=True, exist_ok=True)
-    held = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        if not wait:
-            raise MacError(f"another process is training in {folder}") from None
-        say(f"waiting for another process to end its work in {folder}")
-        fcntl.flock(held, fcntl.LOCK_EX)
-    except OSError:
-        pass  # a file system without locks
-    for leftover in folder.glob(".*.tmp"):  # of a write that was killed
-        leftover.unlink(missing_ok=True)
-    try:
-        yield
-    finally:
-        os.close(held)
-        with contextlib.suppress(OSError):  # it is not empty
-            folder.rmdir()
+    with open(folder / ".lock", "w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise MacError(f"another process is training in {folder}") from None
+            say(f"waiting for another process to end its work in {folder}")
+            fcntl.flock(held, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a file system without locks
+        for leftover in folder.glob(".*.tmp"):  # of a write that was killed
+            leftover.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            if not wait and [path.name for path in folder.iterdir()] == [".lock"]:
+                shutil.rmtree(folder)
 
 
 def write(path, data, keep=None):
@@ -100,8 +100,9 @@ def check(path, key, array, shape, low=-np.inf, high=np.inf):
         array = array[:, 0]  # some writers store a column
     if array.dtype.kind not in "fiub" or len(array.shape) != len(shape) or any(
             asked not in (None, given) for asked, given in zip(shape, array.shape)):
+        asked = str(shape).replace("None", "any")
         raise MacError(f"{path}: {key} has shape {array.shape} and type {array.dtype}, where the "
-                       f"task asks for numbers, {shape}".replace("None", "any"))
+                       f"task asks for numbers, {asked}")
     with np.errstate(over="ignore"):  # a number too large for float32 becomes infinite
         array = array.astype(np.float32, copy=False)
     if array.size and not np.all((low < array.min(0)) & (array.max(0) < high)):
@@ -123,6 +124,10 @@ def in_processes(function, jobs, doing, unit):
         except concurrent.futures.process.BrokenProcessPool as error:
             raise MacError(f"a process was lost while {doing}: too little memory, or a script of "
                            "yours without `if __name__ == '__main__':`?") from error
+        except BaseException:  # leaving the pool would wait for the jobs already begun
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise
 
 
 def follow_parent():

@@ -23,12 +23,13 @@ def read_folder(path, sizes, low, high):
     for file in files:
         if file.suffix.lower() not in SUFFIXES:
             raise MacError(f"{file}: data files end in {SUFFIXES}")
-        table = one_table(file, read_arrays(file, KEYS))
-        for episode in read_episodes(file, table, *sizes, low, high):
+        before, table = len(episodes), one_table(file, read_arrays(file, KEYS))
+        read = read_episodes(file, table, *sizes, low, high)
+        for episode in read:  # a copy could be in both training and validation
             key = hashlib.sha256(b"".join(map(np.ascontiguousarray, episode[:3]))).digest()
-            if key in episodes:  # it could be in both training and validation
-                say(f"WARNING: {file}: a copy of an episode is left out")
             sizes = episodes.setdefault(key, episode)[0].shape[1], episode[1].shape[1]
+        if len(episodes) < before + len(read):
+            say(f"WARNING: {file}: {before + len(read) - len(episodes)} copies of episodes left out")
     if len(episodes) < 2:
         raise MacError(f"{path}: {len(episodes)} episodes in {len(files)} files ({SUFFIXES}, not "
                        ".arrow); there must be at least two, one of them for validation")

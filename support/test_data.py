@@ -63,7 +63,7 @@ def same(some, others):
                for pair in zip(some, others, strict=True) for a, b in zip(*pair))
 
 
-def test_ragged_shards_are_one_data_set_that_is_read_once(folders, monkeypatch, capsys):
+def test_ragged_shards_are_one_data_set_that_is_read_once(folders):
     expected = together(*map(shard, range(3))), together(shard(0, 1), shard(2, 1))
     assert same(flat(folders[0]), expected) and same(flat(folders[1]), expected)
     assert same(flat(folders[0], read=None), expected)  # another start reads none of them
@@ -72,21 +72,15 @@ def test_ragged_shards_are_one_data_set_that_is_read_once(folders, monkeypatch, 
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         results = list(pool.map(lambda _: flat(folders[0], name="other", read=once), range(3)))
     assert all(same(result, expected) for result in results) and once.call_count == 5
-    monkeypatch.setattr(os, "sysconf", lambda name: 1)
-    capsys.readouterr()
-    assert same(flat(folders[0], window=9), expected) and not capsys.readouterr().out
-    assert same(flat(folders[0]), expected)
-    assert "the data are larger than the memory" in capsys.readouterr().out
 
 
 def test_an_interrupted_laying_down_leaves_nothing_and_starts_over(folders):
-    for error in (KeyboardInterrupt, MacError("x")):
-        with pytest.raises(type(error) if isinstance(error, MacError) else error):
-            flat(folders[0], read=mock.Mock(wraps=read, side_effect=[mock.DEFAULT, error]))
-        assert not list(folders[0].rglob("observations"))
-    with mock.patch.object(data.shutil, "rmtree"), mock.patch("os.rmdir"), mock.patch(
-            "os.unlink"), pytest.raises(KeyboardInterrupt):  # as if killed: nothing tidies up
-        flat(folders[0], read=mock.Mock(wraps=read, side_effect=[mock.DEFAULT, KeyboardInterrupt]))
+    stopped = {"read": mock.Mock(wraps=read, side_effect=[mock.DEFAULT, KeyboardInterrupt] * 2)}
+    with pytest.raises(KeyboardInterrupt):
+        flat(folders[0], **stopped)
+    assert not list(folders[0].rglob("observations"))
+    with mock.patch.object(data.shutil, "rmtree"), pytest.raises(KeyboardInterrupt):
+        flat(folders[0], **stopped)  # as if killed: nothing tidies up
     assert same(flat(folders[0]), flat(folders[1]))
     assert len(list(folders[0].rglob("observations"))) == 2
 

@@ -1,6 +1,7 @@
 """pytest: several processes are one, to the bits of two shares computed by hand."""
 import concurrent.futures
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -59,8 +60,9 @@ def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     with socket.create_server(("localhost", 0)) as server:  # for a port that is free
         port = str(server.getsockname()[1])
-    first, second = (start(folder, [sys.executable], RANK=str(rank), WORLD_SIZE="2", MASTER_PORT=port,
-                           MASTER_ADDR="localhost", TORCHELASTIC_RUN_ID="x") for rank in range(2))
+    torchruns = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+                 "TORCHELASTIC_RUN_ID": "x"}
+    first, second = (start(folder, [sys.executable], RANK=rank, **torchruns) for rank in "01")
     wait_for_rows(1, folder, [first, second])
     second.kill()
     _, error = first.communicate(timeout=60)
@@ -155,11 +157,15 @@ def test_processes_that_cannot_share_a_batch_are_refused(monkeypatch, tmp_path, 
                                                                  "rollout_batch_size": 0}
 
 
-@pytest.mark.parametrize("size", ["2", ""])
-def test_what_another_job_left_in_the_environment_is_not_torchruns(size):
-    environment = {"RANK": "0", "WORLD_SIZE": size, "MASTER_ADDR": "localhost"}
-    code = "import mac; assert (mac.devices.RANK, mac.devices.PROCESSES) == (0, 1)"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, **environment})
+@pytest.mark.parametrize("size, run_id, expected", [
+    ("2", None, (0, 1)), ("", None, (0, 1)), ("2", "x", (1, 2))])
+def test_what_another_job_left_in_the_environment_is_not_torchruns(size, run_id, expected,
+                                                                   monkeypatch):
+    given = {"RANK": "1", "WORLD_SIZE": size, "MASTER_ADDR": "localhost"}
+    for name, value in {**given, **({"TORCHELASTIC_RUN_ID": run_id} if run_id else {})}.items():
+        monkeypatch.setenv(name, value)
+    again = runpy.run_path(devices.__file__)
+    assert (again["RANK"], again["PROCESSES"]) == expected
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -10,7 +10,7 @@ import torch
 import eval as evaluation
 import mac
 from support import episodes
-from support.test_common import NET, SINGLE, Counting, CountingEnv, failing, read_csv
+from support.test_common import NET, Counting, CountingEnv, failing, read_csv
 from support.test_recordings import own_data
 from support.worlds import find_world
 
@@ -62,11 +62,9 @@ def test_episodes_are_repeatable_leave_training_noise_alone_and_stop():
     first = seen(3)
     assert torch.equal(torch.get_rng_state(), state)
     assert seen(3) == first and not np.allclose(seen(4), first)
-    assert episodes.play(world, agent, 1, stop=lambda: True) is None
     steps = []
     assert episodes.play(Counting("counting"), Acting(), 1, on_step=steps.append,
-                         stop=lambda: len(steps) == 9) is None
-    assert len(steps) == 9  # in the second task: what was played of it does not count
+                         stop=lambda: len(steps) == 9) is None and len(steps) == 9
 
 
 class Telling(CountingEnv):
@@ -89,13 +87,10 @@ def test_success_that_is_told_only_sometimes_counts_as_none_elsewhere():
                               "length": 7, "episodes": 4}
     assert table["task2"]["success"] == table["task2"]["stderr"] == 0
     assert table["overall"]["success"] == 0.25 and table["overall"]["episodes"] == 8
-    assert table["overall"]["stderr"] == pytest.approx(math.sqrt(0.25 * 0.75 / 8))
     assert episodes.headline(table["overall"]) == "success 25% ± 15%"
     silent = episodes.summarize({1: [(None, 1.0, 5), (None, 3.0, 7)]})["overall"]
-    assert silent["success"] is silent["stderr"] is None
-    assert (silent["return"], silent["length"]) == (2, 6)
-    assert silent["return_stderr"] == pytest.approx(1 / math.sqrt(2))
-    assert episodes.headline(silent)[:15] == "return 2 ± 0.71"
+    assert silent["success"] is silent["stderr"] is None and silent["length"] == 6
+    assert episodes.headline(silent).startswith("return 2 ± 0.71")
 
 
 def test_a_buffer_that_simulators_use_again_is_copied():
@@ -161,11 +156,8 @@ def command(tmp_path):
     _, flat = own_data([(6, "timeouts")] * 5)
     np.savez(tmp_path / "x.npz", **flat | {"actions": flat["actions"] / 10})
     return ["--env", "Own-v0", "--data", str(tmp_path / "x.npz"), *NET, "--chunk", "3", "--steps",
-            "6", "--eval-interval", "2", "--eval-episodes", "2", "--save-dir", str(tmp_path / "run")]
-
-
-def nan_observation(self, action):
-    return np.float32([0, np.nan, 0]), 1.0, False, False, {}
+            "6", "--eval-interval", "2", "--eval-episodes", "2", "--save-dir",
+            str(tmp_path / "run")]
 
 
 def raises(self, action):
@@ -173,7 +165,8 @@ def raises(self, action):
 
 
 @pytest.mark.parametrize("fault, message", [
-    ({"step": nan_observation}, "nan"), ({"step": raises}, "ZeroDivisionError: two lines"),
+    ({"step": lambda self, action: (np.full(3, np.nan), 1.0, False, False, {})}, "nan"),
+    ({"step": raises}, "ZeroDivisionError: two lines"),
     ({"reset": lambda self: np.zeros(3, np.float32)}, "failed"),
     ({"reset": lambda self: (np.zeros(4, np.float32), {})}, "failed"),
     ({"reset": lambda self: (np.full(3, np.inf, np.float32), {})}, "inf"),
@@ -216,11 +209,3 @@ def test_an_evaluation_that_fails_later_saves_the_run_and_says_how_to_go_on(comm
     made.clear()
     assert mac.main([*command, "--resume", "--eval-interval", "0"]) == 0
     assert mac.load(run).step == 6 and read_csv(run / "eval.csv")[-1]["step"] == "2"
-
-
-def test_a_world_of_ogbench_is_tried_out_and_one_without_tasks_is_not():
-    episodes.try_out(find_world(SINGLE))
-    world = Counting("counting")
-    world.tasks = []
-    episodes.try_out(world)
-    assert not world.made

@@ -2,6 +2,7 @@
 import concurrent.futures
 import errno
 import os
+import pathlib
 import re
 import resource
 import signal
@@ -64,9 +65,9 @@ def test_flipped_and_truncated_files_are_refused(tmp_path):
     np.savez_compressed(path, a=rng.normal(size=(40, 9)), b=rng.normal(size=40),
                         c=rng.normal(size=40), objects=np.array([{}], object))
     good = path.read_bytes()
-    assert set(files.read_npz(path, (*names, "missing"))) == {"a", "b"}
+    assert set(files.read_arrays(path, (*names, "missing"))[""]) == {"a", "b"}
     with pytest.raises(MacError, match=r"objects cannot be read \(Object arrays cannot be loaded"):
-        files.read_npz(path, ("objects",))
+        files.read_arrays(path, ("objects",))
     with zipfile.ZipFile(path) as archive:  # the bytes of the arrays themselves
         spans = [(i.header_offset + 30 + len(i.filename) + 20, i.compress_size - 20)
                  for i in archive.infolist() if i.filename in ("a.npy", "b.npy")]
@@ -78,14 +79,14 @@ def test_flipped_and_truncated_files_are_refused(tmp_path):
     for data in damaged:
         path.write_bytes(data)
         with pytest.raises(MacError, match="x.npz is damaged or not such a file"):
-            files.read_npz(path, names)
+            files.read_arrays(path, names)
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.EMFILE, errno.EIO, errno.ENOENT])
 def test_a_file_that_cannot_be_read_is_not_called_damaged(number, monkeypatch):
     monkeypatch.setattr(np, "load", refuse(number))
     with pytest.raises(MacError, match=f"^cannot read x.npz: {os.strerror(number)}$"):
-        files.read_npz("x.npz", ("a",))
+        files.read_arrays(pathlib.Path("x.npz"), ("a",))
 
 
 A = np.arange(12, dtype=np.float32).reshape(4, 3)

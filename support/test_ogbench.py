@@ -65,7 +65,8 @@ def test_ids_are_those_of_ogbenchs_datasets(monkeypatch, tmp_path):
 
 
 def test_collected_data_do_not_depend_on_processes_and_load_in_ogbench(data_dir):  # noqa: F811
-    path, again = data_dir / f"{DATA}.npz", ogbench.collect_episode("cube-single-v0", 0.1, (0, 1, 0))
+    path = data_dir / f"{DATA}.npz"
+    again = ogbench.collect_episode("cube-single-v0", 0.1, (0, 1, 0))
     with np.load(path) as data:
         assert sorted(data) == sorted(again) == [
             "actions", "observations", "qpos", "qvel", "terminals"]
@@ -128,7 +129,7 @@ def test_collections_side_by_side_do_not_take_each_others_files(tmp_path, collec
     assert all(len(np.load(tmp_path / f"data{n}-000.npz")["x"]) == 2 * n for n in (1, 2, 3))
 
 
-def test_noise_on_plans_is_in_the_files_name_and_lost_scenes_end(tmp_path, monkeypatch):
+def test_noise_on_plans_is_in_the_files_name(tmp_path, monkeypatch):
     given, start = [], tmp_path / "cube-single-play-v0-collected5"
     monkeypatch.setattr(ogbench, "collect", lambda *arguments: given.append(arguments))
     for noise in (0.1, 0.3, 0.30000001):
@@ -138,9 +139,6 @@ def test_noise_on_plans_is_in_the_files_name_and_lost_scenes_end(tmp_path, monke
     assert given == [(start.with_name(start.name + suffix), "cube-single-v0", 5, noise) for
                      suffix, noise in ((".npz", 0.1), ("-noise0.3.npz", 0.3),
                                        ("-noise0.30000001.npz", 0.30000001))]
-    monkeypatch.setattr(ogbench, "run_oracle", lambda *_: {"qpos": np.full((3, 17), 0.3)})
-    with pytest.raises(RuntimeError, match="lost the cube from view"):
-        ogbench.collect_episode("scene-v0", 0.1, (0, 0, 0))
 
 
 # ------------------------------------------------------------------------------ files
@@ -222,7 +220,7 @@ def test_files_are_read_as_ogbench_means_them_or_refused(change, message, tmp_pa
         assert np.array_equal(result.actions[kept], data["actions"][kept])
 
 
-def test_a_run_on_shards_is_a_run_on_one_file_with_rewards_of_its_task(tmp_path, monkeypatch):
+def test_a_run_on_shards_is_a_run_on_one_file_with_rewards_of_its_task(tmp_path):
     from ogbench.relabel_utils import relabel_dataset
     cube, parts, rewards, one = find_world(SINGLE), [], [], tmp_path / "one"
     for i in range(2):
@@ -242,7 +240,6 @@ def test_a_run_on_shards_is_a_run_on_one_file_with_rewards_of_its_task(tmp_path,
     assert np.array_equal(training.rewards, rewards) and len(set(rewards)) == 2
     assert np.array_equal(validation.rewards, rewards)
     assert not plain.data(plain.find(config)[0], config)[0].rewards.any()
-    monkeypatch.setattr("os.sysconf", lambda name: 1)  # less memory than the data take
     runs = [tmp_path / "run1", tmp_path / "run2"]
     for run, folder in zip(runs, (tmp_path, one)):
         assert mac.main(["--env", SINGLE, *NET, "--steps", "3", "--window", "30", "--save-dir",
