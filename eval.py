@@ -7,14 +7,13 @@
 
 The run folder is all that is needed; the data are not.
 """
-import argparse
 import csv
-import importlib.util
 import io
 import itertools
 import json
 import os
 import pathlib
+import runpy
 import sys
 
 import numpy as np
@@ -32,7 +31,8 @@ D4RL_RETURNS = {"HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 32
 
 def evaluate(run, args):
     """Play episodes of a run's agent and print the table. -> what --json writes"""
-    agent = mac.load(run, devices.set_up_device(args.device))
+    agent = mac.load(run)
+    agent.to(devices.set_up_device(args.device, agent.config.width))
     config, world = agent.config, find_world(agent.config.env, agent.config.goal, agent.config.data)
     world.pixels = args.video_size if args.video else world.pixels
     if not world.tasks:
@@ -44,9 +44,9 @@ def evaluate(run, args):
     candidates = args.candidates or config.eval_candidates
     count = args.episodes or (1 if args.video else config.eval_episodes)
     frames = {task: [] for task in world.tasks}
-    if args.video:
+    if args.video:  # an error now rather than later
         world.reset(world.env, world.tasks[0], args.seed)
-        render(world.env)  # an error now rather than after the first frame is due
+        render(world.env)
 
     def record(episode):  # a third of the frames, about as fast as it happened
         if args.video and episode.number == 0 and (episode.length % 3 == 1 or episode.done):
@@ -57,24 +57,24 @@ def evaluate(run, args):
     say(f"{run}: {config.env}, step {agent.step}, trained on {agent.facts['source']}")
     say(f"{config.policy} policy, best of {candidates}, {execute} of the {config.chunk} actions of "
         f"each chunk executed, seed {args.seed}, on {agent.device.type}")
-    rows = [("", "success", "±", "episodes", "return", "±", "length")]
+    say(f"{'':8}{'success':>9}{'±':>7}{'episodes':>10}{'return':>10}{'±':>9}{'length':>9}")
     for name, row in table.items():
         success = ("-", "-") if row["success"] is None else (
             f"{row['success']:.1%}", f"{row['stderr']:.1%}")
-        rows.append((name, *success, str(row.pop("episodes")), f"{row['return']:.1f}",
-                     f"{row['return_stderr']:.2g}", f"{row['length']:.1f}"))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        say("  ".join(cell.rjust(width) for cell, width in zip(row, widths)))
+        say(f"{name:8}{success[0]:>9}{success[1]:>7}{row.pop('episodes'):10}{row['return']:10.1f}"
+            f"{row['return_stderr']:9.2g}{row['length']:9.1f}")
     overall, simulator = table["overall"], config.env.split("-")[0]
     if simulator in D4RL_RETURNS:
         low, high = D4RL_RETURNS[simulator]
         overall["d4rl_score"] = 100 * (overall["return"] - low) / (high - low)
         error = 100 * overall["return_stderr"] / (high - low)
-        say(f"D4RL's normalised score: {overall['d4rl_score']:.1f} ± {error:.1f} (its own is of "
-            "-v2)")
+        say(f"D4RL's normalised score: {overall['d4rl_score']:.1f} ± {error:.1f} (D4RL has -v2)")
     if args.video:
-        write_film(args.video, sum(frames.values(), []))
+        import imageio.v3  # comes with ogbench
+        images = np.stack(sum(frames.values(), []))
+        film = imageio.v3.imwrite("<bytes>", images, extension=".gif", duration=50, loop=0)
+        files.write(args.video, film)
+        say(f"wrote {args.video} ({len(images)} frames)")
     return {"env": config.env, "policy": config.policy, "step": agent.step, "seed": args.seed,
             "episodes": count, "execute": execute, "candidates": candidates,
             "overall": table.pop("overall"), "tasks": table}
@@ -94,14 +94,6 @@ def render(env):
         raise MacError(f"cannot film: render() of this simulator gives {image.dtype} of shape "
                        f"{image.shape}, where an image of uint8 (height, width, 3) is needed")
     return image
-
-
-def write_film(path, frames):
-    import imageio.v3  # comes with ogbench
-
-    film = imageio.v3.imwrite("<bytes>", np.stack(frames), extension=".gif", duration=50, loop=0)
-    files.write(path, film)
-    say(f"wrote {path} ({len(frames)} frames)")
 
 
 def plot_curves(path, run_folders):
@@ -144,27 +136,17 @@ def read_csv(path):
 
 # -------------------------------------------------------------------------------- command line
 
-def number(low, high=2 ** 32 - 1):
-    """An argparse type: an integer from `low` to `high`."""
-    def convert(text):
-        value = int(text)
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
-        return value
-    return convert
-
-
 def parse(argv):
     parser = console.Parser("eval.py", allow_abbrev=False, description="Evaluate runs of mac.py.")
-    add, positive = parser.add_argument, number(1)
+    add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", type=pathlib.Path, help="run folder")
-    add("--episodes", type=positive, help="per task (default: the run's setting; 1 with --video)")
-    add("--execute", type=positive, help="actions of each chunk executed (default: the run's)")
-    add("--candidates", type=positive, help="N; 1 is the cloned behaviour (default: the run's)")
-    add("--seed", type=number(0), default=0, help="of episodes (default: 0)")
+    add("--episodes", type=int, help="per task (default: the run's setting; 1 with --video)")
+    add("--execute", type=int, help="actions of each chunk executed (default: the run's)")
+    add("--candidates", type=int, help="N; 1 is the cloned behaviour (default: the run's)")
+    add("--seed", type=int, default=0, help="of episodes (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the agent runs")
     add("--video", metavar="OUT.gif", help="film the first episode of each task")
-    add("--video-size", type=number(16, 2000), default=400, metavar="PIXELS",
+    add("--video-size", type=int, default=400, metavar="PIXELS",
         help="side of an OGBench film (default: 400)")
     add("--json", metavar="OUT.json", help="write the numbers of one run")
     add("--plot", nargs="?", const="", metavar="OUT.png", help="instead of playing, draw the "
@@ -172,10 +154,13 @@ def parse(argv):
     add("--with", dest="program", metavar="FILE", help="first import this file, which defines the "
         "run's policy or world (examples/ablations.py)")
     args = parser.parse_args(argv)
-    if (args.json or args.video) and args.plot is not None:
-        raise MacError("--json and --video are of played episodes: leave --plot out")
-    if (args.json or args.video) and len(args.runs) > 1:
-        raise MacError("--json and --video take a single run")
+    for name, low in (("episodes", 1), ("execute", 1), ("candidates", 1), ("seed", 0),
+                      ("video_size", 16)):
+        value = getattr(args, name)
+        if value is not None and not low <= value < 2 ** 32:
+            raise MacError(f"{console.flag(name)}: {value} is not at least {low}")
+    if (args.json or args.video) and (args.plot is not None or len(args.runs) > 1):
+        raise MacError("--json and --video are of the played episodes of a single run")
     for name, ending in ((args.json, ""), (args.video, ".gif"), (args.plot, ".png")):
         if name and not name.endswith(ending):  # an error now rather than after the work
             raise MacError(f"cannot write {name}: the name must end in {ending}")
@@ -192,10 +177,7 @@ def main(argv):
     if args.video:  # before mujoco is imported
         os.environ.setdefault("MUJOCO_GL", "egl" if sys.platform == "linux" else "glfw")
     if args.program:
-        spec = importlib.util.spec_from_file_location(pathlib.Path(args.program).stem, args.program)
-        if spec is None or not os.path.isfile(args.program):
-            raise MacError(f"--with {args.program}: that is not a Python file")
-        spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        runpy.run_path(args.program)
     if args.plot is not None:
         try:
             plot_curves(args.plot or args.runs[0] / "curve.png", args.runs)

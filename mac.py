@@ -60,8 +60,8 @@ BOUNDS = {"discount": (0.001, 0.999999), "warmup": (0, 0.99), "ema_rate": (0, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every setting; the comments are the flags' help. Defaults are the paper's for reward-based
-    tasks (Tables 6 to 8); `settings` fills in what follows from the environment and --small."""
+    """Every setting, with its flag's help. Defaults are the paper's for reward-based tasks (Tables
+    6 to 8); `settings` fills in what follows from the environment and --small."""
 
     env: str = "cube-double-play-v0"  # OGBench dataset id; with --data any of gymnasium's
     data: str = ""  # own trajectories: .npz, .hdf5 or a folder of them (README)
@@ -173,7 +173,6 @@ def settings(**given):
 
 class Batch(NamedTuple):
     """B logged chunks, raw until the agent normalises them (`Agent.normalize`)."""
-
     observation: torch.Tensor  # (B, O) s_t
     chunk: torch.Tensor  # (B, D) a_t ... a_{t+n-1}
     reward: torch.Tensor  # (B,) mean or sum of gamma^i r_{t+i}
@@ -215,9 +214,8 @@ class ChunkDataset:
         return self.last_starts[k] + 1 - (self.starts_up_to[k] - pick)
 
     def sample(self, batch_size, generator, step=0):
-        """B chunks, uniform over all legal starts. With --window they come from `config.window`
-        successive starts, which slide through the data, over and over, by their own length in 1,000
-        steps (the published code goes on to the next million then). -> Batch"""
+        """B chunks, uniform over all legal starts or, with --window, over that many successive
+        ones, which slide through the data by their own number in 1,000 steps. -> Batch"""
         window, device = self.config.window or len(self.observations), self.ends.device
         first = torch.tensor([step * self.config.window // 1000 % self.total_starts], device=device)
         pick = torch.randint(min(window, self.total_starts), (batch_size,), generator=generator,
@@ -292,6 +290,18 @@ class Normalizer(nn.Module):
         return (x - self.middle[columns]) / self.scale[columns]
 
 
+class GELU(nn.Module):
+    """GELU in its tanh form, x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)). PyTorch's takes twice as
+    long on a CPU as the in-place operations that serve where no gradient is needed."""
+
+    def forward(self, x):
+        if x.is_cuda or torch.is_grad_enabled():
+            return F.gelu(x, approximate="tanh")
+        slope = 2 * math.sqrt(2 / math.pi)
+        y = torch.addcmul(x.new_tensor(slope), x, x, value=0.044715 * slope)  # (..., width)
+        return y.mul_(x).sigmoid_().mul_(x)
+
+
 class MLP(nn.Module):
     """Four hidden layers of Linear, GELU, LayerNorm, then Linear (Appendix A.1), of concatenated
     inputs (a goal may have width 0) -> (..., outputs), or (...) if `outputs` is None."""
@@ -300,7 +310,7 @@ class MLP(nn.Module):
         super().__init__()
         layers = []
         for fan_in in (inputs, width, width, width):
-            layers += [nn.Linear(fan_in, width), nn.GELU("tanh"), nn.LayerNorm(width, eps=1e-6)]
+            layers += [nn.Linear(fan_in, width), GELU(), nn.LayerNorm(width, eps=1e-6)]
         self.hidden, self.output = nn.Sequential(*layers), nn.Linear(width, outputs or 1)
         self.scalar = outputs is None
         for layer in self.modules():
@@ -315,8 +325,7 @@ class MLP(nn.Module):
 
 class Outcome(MLP):
     """Predicts what a chunk brings, an output for each of `names`: ("reward",) (Eq. 6), ("reward",
-    "termination") if tasks end in the data (not in the published code), or ("success",) of meeting
-    the goal (Appendix A.1). The last two are logits."""
+    "termination") if tasks end in the data, or ("success",) (Appendix A.1), these two as logits."""
 
     def __init__(self, inputs, names, width):
         super().__init__(inputs, len(names), width)
@@ -437,7 +446,6 @@ AGENTS = {}  # --policy: its subclass of Agent, where it has one; `presets` are 
 
 class Rollout(NamedTuple):
     """Imagined trajectories of H chunks, without gradient."""
-
     observations: torch.Tensor  # (H+1, B, O)
     chunks: torch.Tensor  # (H, B, D)
     rewards: torch.Tensor  # (H, B)
@@ -529,12 +537,10 @@ class Agent(nn.Module):
     def imagine(self, observation, goal, generator, horizon=None, candidates=None):
         """Eq. 9: H chunks in the model from every observation (B, O) at once. They go on past a
         met goal; `returns` cuts there. -> Rollout"""
-        observations, chunks = [observation], []
+        observations, chunks, count = [observation], [], candidates or self.config.candidates
         for _ in range(horizon or self.config.horizon):
-            chunk = self.best_of(observations[-1], goal, candidates or self.config.candidates,
-                                 generator)
-            observations.append(self.next_observation(observations[-1], chunk))
-            chunks.append(chunk)
+            chunks.append(self.best_of(observations[-1], goal, count, generator))
+            observations.append(self.next_observation(observations[-1], chunks[-1]))
         observations, chunks = torch.stack(observations), torch.stack(chunks)
         goals = goal.expand(len(chunks), *goal.shape)  # (H, B, G)
         rewards, masks = self.outcome.predict(observations[:-1], chunks, goals)  # (H, B)
@@ -647,14 +653,12 @@ class Training:
         self.dataset, self.validation = (ChunkDataset(trajectories, columns, config, place)
                                          for trajectories in (training, validation))
         self.optimizer = make_optimizer(self.agent)
-        # NumPy takes (seed, 0) for seed: a single process has the streams of its seed alone.
         self.generators = devices.make_generators((config.seed, devices.RANK), place, device)
         self.warmup_steps = int(config.warmup * config.steps)
         self.step, self.saved, self.losses, self.headline, self.logs = 0, 0, {}, [], None
 
     def restore(self, checkpoint):
-        """Continue from a checkpoint; other --steps do not change the length of its warmup. On
-        another device, or with more processes, a random stream begins anew."""
+        """Continue from a checkpoint; on another device a random stream begins anew."""
         self.agent.load_state_dict(checkpoint["agent"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         group = self.optimizer.param_groups[0]  # the checkpoint was read to the host
@@ -746,8 +750,7 @@ class Training:
                            f"step {self.saved}; try a smaller --learning-rate elsewhere", status=3)
 
     def evaluate(self, world, stop, count, seed, execute, candidates, log=False):
-        """Process 0 plays `count` episodes of every task and says how they went. After a stop
-        --resume begins with this again. Raises MacError if the simulator fails."""
+        """Process 0 plays `count` episodes of every task; after a stop --resume plays them anew."""
         if devices.RANK:
             return
         results = episodes.play(world, self.agent.eval(), count, seed, execute, candidates,
@@ -777,7 +780,7 @@ class Training:
 
 def train(config, folder, checkpoint=None):
     """Train in `folder` until `config.steps` or a signal. -> exit status. Raises MacError."""
-    device = devices.set_up_device(config.device)
+    device = devices.set_up_device(config.device, config.width)
     world = find_world(config.env, config.goal, config.data)
     if config.eval_interval:
         episodes.try_out(world)
@@ -797,8 +800,8 @@ def train(config, folder, checkpoint=None):
     description = json.dumps({**dataclasses.asdict(config), "facts": facts}, indent=2)
     say(description)
     run = Training(config, device, training, validation, world.columns)
-    say(f"data on {run.dataset.ends.device.type}, training on {device.type}, CPU with "
-        f"{torch.get_num_threads()} threads and {torch.backends.cpu.get_cpu_capability()}")
+    say(f"training on {device.type}, with {torch.get_num_threads()} threads and "
+        f"{torch.backends.cpu.get_cpu_capability()}")
     with runs.Stop(devices.PROCESSES) as stop:
         if checkpoint:
             with runs.must_fit(folder):
@@ -822,8 +825,7 @@ def train(config, folder, checkpoint=None):
 
 
 def load(run, device="cpu"):
-    """The trained agent of a run folder, with its `step` and the `facts` of `train`:
-    `mac.load("exp/...").act(observation, goal)`. Raises MacError or OSError."""
+    """The agent of a run folder, with its `step` and the `facts` of `train`. Raises MacError."""
     checkpoint = runs.load_checkpoint(pathlib.Path(run), device)
     with runs.must_fit(run):
         config, facts = Config(**checkpoint["config"]), checkpoint["facts"]
@@ -834,8 +836,6 @@ def load(run, device="cpu"):
     return agent.float().to(device).eval()  # float: whatever the default type is
 
 
-# ---------------------------------------------------------------------------- command line
-
 # What --resume may change. Of these only `steps` (the length of a decay) and `device` (its noise)
 # have an effect on the parameters at a given step.
 MAY_CHANGE = {"steps", "device", "log_interval", "eval_interval", "save_interval",
@@ -844,7 +844,7 @@ MAY_CHANGE = {"steps", "device", "log_interval", "eval_interval", "save_interval
 
 def benchmark(config, updates):
     """Time updates on random data of the environment's shape. -> dict, for one line of JSON"""
-    device = devices.set_up_device(config.device)
+    device = devices.set_up_device(config.device, config.width)
     world = find_world(config.env, config.goal, config.data)
     random = data.random_data(20_000, *world.sizes)
     run = Training(config, device, random, random, world.columns)
@@ -858,8 +858,7 @@ def parse(argv):
     parser = console.Parser("mac.py", allow_abbrev=False, description="Train MAC (see README.md).")
     console.add_flags(parser, Config)
     parser.add_argument("--resume", action="store_true", help="continue the run of this folder")
-    parser.add_argument("--benchmark", type=int, default=0, metavar="K",
-                        help="time K updates, print one line of JSON and exit")
+    parser.add_argument("--benchmark", type=int, default=0, metavar="K", help="time K updates")
     given = vars(parser.parse_args(argv))
     return given, given.pop("resume"), given.pop("benchmark")
 

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import eval as evaluation
 import mac
@@ -140,6 +141,14 @@ def test_nothing_is_kept_per_row_and_data_stay_on_the_host_if_a_gpu_has_no_room(
 
 
 # ------------------------------------------------------------------------------ networks, policies
+
+def test_gelu_is_the_same_function_with_and_without_gradients():
+    x = torch.cat([torch.linspace(-8, 8, 2001), torch.tensor([-1e20, -50, 0, 50, 1e20])])
+    with torch.no_grad():
+        quick = mac.GELU()(x)
+    assert torch.allclose(quick, F.gelu(x, approximate="tanh"), atol=1e-6)
+    assert torch.equal(mac.GELU()(x), F.gelu(x, approximate="tanh"))
+
 
 def test_mlp_against_numpy():
     net = mac.MLP(5, 2, 8)
@@ -354,7 +363,9 @@ def test_rollout_step_by_step(goal):
     assert not rollout.chunks.requires_grad
     longer = agent.imagine(observation, goals, generator(4), horizon=6, candidates=32)
     assert len(longer.chunks) == 6 and len(longer.observations) == 7
-    assert torch.allclose(longer.chunks[0], agent.best_of(observation, goals, 32, generator(4)))
+    with torch.no_grad():
+        chosen = agent.best_of(observation, goals, 32, generator(4))
+    assert torch.allclose(longer.chunks[0], chosen)
 
 
 @pytest.mark.parametrize("horizon", [1, 4])
@@ -446,7 +457,8 @@ def test_models_see_scaled_data_and_are_not_told_of_an_end_by_what_follows_it(te
     for name in ("value_goal", "actor_goal"):
         expected = (getattr(batch, name) - middle[columns]) / scale[columns]
         assert torch.allclose(seen[name], expected, atol=1e-5)
-    proposal = agent.policy.propose(seen["observation"], seen["actor_goal"], generator(1))
+    with torch.no_grad():
+        proposal = agent.policy.propose(seen["observation"], seen["actor_goal"], generator(1))
     filled = torch.where(valid, batch.chunk, proposal)
     assert torch.equal(seen["chunk"], filled if terminations else batch.chunk)
 

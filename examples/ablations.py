@@ -44,8 +44,7 @@ class GaussianPolicy(mac.Policy):
 
     def loss(self, batch, generator):
         mean, log_std = self.moments(batch.observation, batch.actor_goal)
-        # Not validated: that would wait for a GPU, and proposals in the place of padding may be
-        # outside the open interval (-1, 1), where the logged chunks are.
+        # Not validated: that would wait for a GPU, and proposals at padding may not be in (-1, 1).
         normal = Normal(mean, log_std.exp(), validate_args=False)
         policy = TransformedDistribution(normal, TanhTransform(), validate_args=False)
         return {"likelihood": -(batch.valid * policy.log_prob(batch.valid * batch.chunk)).mean()}

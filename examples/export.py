@@ -1,9 +1,8 @@
 """Export how an agent acts as a program that needs none of these files (torch.export).
 
     python examples/export.py exp/<run> acting.pt2
-
-    program = torch.export.load("acting.pt2").module()
-    chunk = program(observation, goal, torch.randn(32, D))  # (n, A), the best of N = 32
+    >>> program = torch.export.load("acting.pt2").module()
+    >>> program(observation, goal, torch.randn(32, D))  # (n, A), the best of N = 32
 
 Observation (O,) and goal (G,) are raw; D = n A. Tensors may be float32 or float64.
 """

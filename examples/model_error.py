@@ -51,20 +51,18 @@ def main(argv):
         curve = model_error(agent, validation, args.steps)
         lines = [f"{steps},{error}\n" for steps, error in [("steps", "mse"), *curve]]
         files.write(run / "model_error.csv", "".join(lines).encode())
-        curves[f"n = {agent.config.chunk}, {run}"] = curve[1:]
-    for label, curve in curves.items():
-        shown = ", ".join(f"{steps} steps {error:.4g}" for steps, error in curve)
-        console.say(f"{label}: {shown}")
+        label = f"n = {agent.config.chunk}, {run}"
+        curves[label] = curve[1:]
+        console.say(label + "".join(f", {steps} steps {error:.4g}" for steps, error in curve[1:]))
     if args.plot:
         console.optional("matplotlib", "--plot")
         from matplotlib.figure import Figure
-        figure = Figure((5, 3.2), layout="tight")
-        panel = figure.subplots()
+        panel = Figure((5, 3.2), layout="tight").subplots()
         for label, curve in curves.items():
             panel.plot(*zip(*curve), ".-", label=label)
         panel.set(xlabel="environment steps", ylabel="mean squared error", yscale="log")
         panel.legend(fontsize=7)
-        figure.savefig(args.plot, format="png", dpi=120)
+        panel.figure.savefig(args.plot, format="png", dpi=120)
         console.say(f"wrote {args.plot}")
 
 

@@ -6,7 +6,6 @@ goal that the trajectory did reach or, where a reward fixes the task, before its
 "ideal" is the value of what was logged. "agreement" is the correlation of Q with its target, over
 16 proposals for a state. If V where tasks begin is that of "never", Q cannot rank proposals.
 """
-import dataclasses
 import pathlib
 import sys
 
@@ -20,9 +19,8 @@ from support import console, files, worlds
 
 @torch.no_grad()
 def reach(agent, dataset, distance, count=5000):
-    """-> means of V, of Q of the logged chunk, of its success or reward in the model, and of the
-    agreement (nan if there is nothing to rank), over up to `count` random states `distance` steps
-    before; None if there is no such state"""
+    """Over up to `count` random states `distance` steps before: -> means of V, of Q of the logged
+    chunk, of its modelled success or reward, of the agreement (or nan); None without such states"""
     generator, goals = torch.Generator().manual_seed(0), len(agent.columns) > 0
     start = torch.randint(len(dataset.observations), (count,), generator=generator)
     if not goals:
@@ -59,12 +57,10 @@ def ideal(config, distance):
 def main(argv):
     parser = console.Parser(description="How far the value function sees.")
     parser.add_argument("run", type=pathlib.Path, help="run folder")
-    parser.add_argument("--dataset-dir", help="where the data are (default: as in training)")
     parser.add_argument("--plot", nargs="?", const="reach.png", metavar="OUT", help="draw it, too")
     args = parser.parse_args(argv)
     agent = mac.load(args.run)
-    folder = args.dataset_dir or agent.config.dataset_dir
-    config = dataclasses.replace(agent.config, dataset_dir=folder)
+    config = agent.config
     world = worlds.find_world(config.env, config.goal, config.data)
     _, validation = world.data(agent.facts["data"], config)
     dataset, goals = mac.ChunkDataset(validation, world.columns, config), world.goal_conditioned
@@ -76,7 +72,7 @@ def main(argv):
     files.write(args.run / "reach.csv", text.encode())
     console.say("".join(f"{name:>10}" for name in names))
     for row in rows:
-        console.say(f"{row[0]:10}" + "".join(f"{number:10.2f}" for number in row[1:]))
+        console.say("".join(f"{number:10.4g}" for number in row))
     lines = {"never": -1 / (1 - agent.discount)} if goals else {}
     for task in world.tasks:  # V where it begins
         begins = [[np.array(x) for x in world.reset(world.env, task, seed)] for seed in range(10)]
@@ -93,8 +89,7 @@ def main(argv):
         for color, (name, value) in enumerate(lines.items(), 3):
             panels[0].axhline(value, color=f"C{color}", linestyle=":", label=name)
         for panel in panels:
-            panel.set(xlabel="environment steps before")
-            panel.legend(fontsize=7)
+            panel.legend(title="environment steps before", fontsize=7)
         figure.savefig(args.plot, format="png", dpi=120)
         console.say(f"wrote {args.plot}")
 

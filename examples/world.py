@@ -61,12 +61,11 @@ class Line(World):
 
     def data(self, name, config):
         """-> Trajectories of training and of validation: 100 walks of 100 states each."""
-        actions = np.random.default_rng(0).uniform(-1, 1, (2, 100, 10, 1)).repeat(10, 2)
-        places = 0.1 * (actions.cumsum(2) - actions)
-        ends, rewards, ended = np.arange(99, 10_000, 100), np.zeros(10_000), np.zeros(100, bool)
-        return [Trajectories(*np.float32([walks, taken])[..., None].reshape(2, -1, 1), ends,
-                             np.float32(rewards), ended)
-                for walks, taken in zip(places, actions)]
+        actions = np.random.default_rng(0).uniform(-1, 1, (2, 100, 10)).repeat(10, 2)
+        places = np.float32(0.1 * (actions.cumsum(2) - actions))  # (2, 100, 100)
+        ends, rewards = np.arange(99, 10_000, 100), np.zeros(10_000, np.float32)
+        return [Trajectories(places[i].reshape(-1, 1), np.float32(actions[i]).reshape(-1, 1), ends,
+                             rewards, np.zeros(100, bool)) for i in range(2)]
 
 
 mac.POLICIES["smooth"], mac.AGENTS["smooth"] = Smooth, SmoothAgent

@@ -45,8 +45,7 @@ def command(main):
 
 
 def say(text):
-    """Print a line at once, above a progress bar. A reader that has gone (`| head`, a closed
-    terminal) ends the printing, not the program."""
+    """Print a line at once, above a progress bar. If the reader has gone, only printing ends."""
     try:
         tqdm.write(text)
         sys.stdout.flush()

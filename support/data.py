@@ -44,8 +44,7 @@ def random_data(rows, observation_size, action_size):
 
 
 def data_files(path):
-    """The training files of the data set `path`: the file itself or, where there is none, its
-    shards <stem>-000.npz and so on; and their '-val' siblings. -> two lists, not empty"""
+    """-> training files (`path` or, without it, <stem>-000.npz and so on) and their '-val' files"""
     shards = {int(match[1]): file for file in path.parent.glob(f"{path.stem}-*.npz")
               if (match := re.fullmatch(r"-(\d+)", file.stem[len(path.stem):]))}
     training = [path] if path.exists() or not shards else [shards[i] for i in sorted(shards)]
@@ -113,8 +112,7 @@ def map_flat(folder):
 
 
 def as_batch(name, given, *widths):
-    """`given`, real numbers of shape (width,) or (B, width), as a float32 tensor (B, width). Raises
-    MacError, a ValueError, which names it, if it is anything else or not finite."""
+    """Finite numbers (width,) or (B, width) as a float32 tensor (B, width). Raises MacError."""
     if isinstance(given, torch.Tensor):
         given = given.detach().cpu()
         given = given.double() if given.is_floating_point() else given  # NumPy lacks bfloat16

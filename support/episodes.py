@@ -34,6 +34,8 @@ class World:
     @property
     def sizes(self):
         """O and A."""
+        if not self.env:
+            raise MacError(f"there is no simulator of {self.env_id!r}")
         return self.env.observation_space.shape[0], self.env.action_space.shape[0]
 
     def envs(self, count):
@@ -108,7 +110,7 @@ def play(world, agent, episodes, seed=0, execute=None, candidates=None,
 
     Args: execute: actions of each chunk that are executed; candidates: N; on_step: called with
         each Episode after each of its steps; stop: asked before each step.
-    Returns: {task: list of (success, return, length)}, or None after a stop. Success is None in
+    Returns: {task: list of (success, return, length)}, or None after a stop; success is None in
         simulators that do not tell. Raises MacError."""
     execute = execute or agent.config.execute  # at most a whole chunk
     jobs = list(itertools.product(world.tasks, range(episodes)))
@@ -138,9 +140,8 @@ def play(world, agent, episodes, seed=0, execute=None, candidates=None,
 
 
 def summarize(results):
-    """{task: list of (success, return, length)} -> {"task1": {"success", "stderr", "return",
-    "return_stderr", "length", "episodes"}, ..., "overall": ...}: means and standard errors (of
-    success the binomial one). Success is None if no episode tells; if one does, others had none."""
+    """{task: list of (success, return, length)} -> {"task1": row, ..., "overall": row} of means and
+    standard errors. Success is None if no episode tells; if one does, the others had none."""
     rows = {f"task{task}": episodes for task, episodes in results.items()}
     rows["overall"] = sum(results.values(), [])
     known = any(success is not None for success, *_ in rows["overall"])

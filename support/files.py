@@ -22,7 +22,7 @@ DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError
 
 @contextlib.contextmanager
 def lock(folder, wait=False):
-    """Make the folder and hold it; refuse or wait while another process does. Where nobody waits, a
+    """Make the folder and hold it; refuse, or wait, while another process does. If it refuses, a
     folder in which nothing was made is removed again. Raises MacError."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as held:

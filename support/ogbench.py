@@ -3,7 +3,6 @@ import functools
 import http.client
 import io
 import itertools
-import os
 import pathlib
 import re
 import socket
@@ -62,15 +61,13 @@ class OGBench(World):
                 "antsoccer": [15, 16]}.get(self.family, [0, 1])  # the ball; the ant itself
 
     def make(self):
-        """An environment that can be seeded: at a reset OGBench draws actions from an action space
-        that it builds, unseeded, at each access, so here it is built once."""
         ogbench, gymnasium = import_simulators()
         try:
             env = ogbench.make_env_and_datasets(self.env_id, env_only=True, width=self.pixels,
                                                 height=self.pixels)
         except gymnasium.error.Error as error:  # it names the nearest id
             raise MacError(f"--env {self.env_id}: {error}") from error
-        base = env.unwrapped
+        base = env.unwrapped  # at a reset it draws actions from a space built, unseeded, each time
         base.__class__ = type("Seeded", (type(base),), {"action_space": base.action_space})
         return env
 
@@ -148,12 +145,11 @@ def download(name, folder):
         if any(zipfile.ZipFile(file).testzip() for file in files):
             raise zipfile.BadZipFile("it arrived damaged")
         for file in files:
-            os.replace(file, folder / file.name)
+            file.replace(folder / file.name)
 
 
 def collect(path, simulator, episodes, noise=PLAY_NOISE):
-    """Collect `episodes` training episodes, and a tenth as many for validation, into those shards
-    of `path` that are not there yet. The data do not depend on the number of cores."""
+    """Collect training episodes, and a tenth as many for validation: the shards `path` lacks."""
     if path.exists():
         return
     with lock(path.parent, wait=True):  # a second process would collect the same

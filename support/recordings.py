@@ -23,13 +23,13 @@ def read_folder(path, sizes, low, high):
     for file in files:
         if file.suffix.lower() not in SUFFIXES:
             raise MacError(f"{file}: data files end in {SUFFIXES}")
-        before, table = len(episodes), one_table(file, read_arrays(file, KEYS))
-        read = read_episodes(file, table, *sizes, low, high)
+        read = read_episodes(file, one_table(file, read_arrays(file, KEYS)), *sizes, low, high)
+        sizes, before = (read[0][0].shape[1], read[0][1].shape[1]), len(episodes)
         for episode in read:  # a copy could be in both training and validation
             key = hashlib.sha256(b"".join(map(np.ascontiguousarray, episode[:3]))).digest()
-            sizes = episodes.setdefault(key, episode)[0].shape[1], episode[1].shape[1]
-        if len(episodes) < before + len(read):
-            say(f"WARNING: {file}: {before + len(read) - len(episodes)} copies of episodes left out")
+            episodes.setdefault(key, episode)
+        if (copies := before + len(read) - len(episodes)):
+            say(f"WARNING: {file}: {copies} copies of episodes are left out")
     if len(episodes) < 2:
         raise MacError(f"{path}: {len(episodes)} episodes in {len(files)} files ({SUFFIXES}, not "
                        ".arrow); there must be at least two, one of them for validation")
@@ -39,15 +39,14 @@ def read_folder(path, sizes, low, high):
 
 
 def one_table(path, groups):
-    """The arrays of all `groups` (an episode each, or a whole file) with a row per action. Where
-    there is an observation more than actions, it is the last `next_observations`."""
+    """All `groups` (an episode each, or a whole file) as one, with a row per action."""
     tables = list(groups.values())
     for group, arrays in groups.items():
         for key in KEYS[:3]:
             if key not in arrays:
                 raise MacError(f"{path}: has no array '{group}{key}'")
         states, rows = arrays["observations"], len(np.atleast_1d(arrays["actions"]))
-        if states.shape[:1] == (rows + 1,):
+        if states.shape[:1] == (rows + 1,):  # Minari's have the final observation
             arrays.update(observations=states[:-1], next_observations=states[1:])
             if not any(np.any(arrays[key]) for key in KEYS[4:] if key in arrays):
                 arrays["timeouts"] = np.arange(rows) == rows - 1
@@ -63,10 +62,10 @@ def read_episodes(path, arrays, observation_size, action_size, low=-1, high=1):
 
     An episode ends where the task ended (`terminals`), where the recording stopped (`timeouts`),
     and with the table. Its final state is in `next_observations`. Without that, its last row stands
-    for the final state and loses its action; but where the task ended the last observation is
-    repeated as the final state, since no return goes on from there. Sizes may be None; actions are
-    rescaled from the box `low`, `high` (A,) to [-1, 1]. -> list of (states (L, O), actions (L, A),
-    rewards (L,), terminated), whose last action and reward have no use. Raises MacError."""
+    for the final state and loses its action; but where the task ended, and no return goes on, the
+    last observation is repeated. Sizes may be None; actions are rescaled from the box `low`, `high`
+    (A,) to [-1, 1]. -> list of (states (L, O), actions (L, A), rewards (L,), terminated), whose
+    last action and reward have no use. Raises MacError."""
     low, high, count = np.float32(low), np.float32(high), len(np.atleast_1d(arrays["actions"]))
     terminated, stopped = (np.any([np.zeros(count), *(check(path, key, arrays[key], (count,))
                                                       for key in keys if key in arrays)], axis=0)

@@ -23,8 +23,7 @@ def save_checkpoint(folder, state):
 
 
 def load_checkpoint(folder, device="cpu"):
-    """The newest whole checkpoint of a run folder. Code in it is never run (`weights_only`). Raises
-    MacError if there is none."""
+    """The newest whole checkpoint of a run folder; code in it is never run. Raises MacError."""
     for path in (folder / "checkpoint.pt", folder / "checkpoint-previous.pt"):
         if path.exists():
             data = path.read_bytes()
@@ -48,8 +47,7 @@ def must_fit(folder):
 
 
 class Logs:
-    """train.csv and eval.csv of a run, and the same numbers for TensorBoard. A checkpoint holds
-    their text, so a resumed run begins with the rows that belong to its checkpoint."""
+    """train.csv and eval.csv, and the same for TensorBoard; a run resumes with its checkpoint's."""
 
     def __init__(self, folder, texts=None, tensorboard=False):
         self.files, self.writer = {n: folder / f"{n}.csv" for n in ("train", "eval")}, None

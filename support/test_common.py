@@ -3,10 +3,8 @@ import functools
 import os
 import pathlib
 import signal
-from unittest import mock
 
 import numpy as np
-import pytest
 import torch
 
 import mac
@@ -25,28 +23,15 @@ os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that are started here,
 os.environ["PYTHONPATH"] = str(HERE)  # and where they find mac.py
 
 NET = ["--width", "16", "--batch-size", "8", "--device", "cpu"]
-SINGLE, DATA = "cube-single-play-singletask-v0", "cube-single-play-v0-collected1-000"
+SINGLE = "cube-single-play-singletask-v0"
 
 # One simulator per id for all tests: building one takes most of a short run's time.
 build = functools.cache(lambda env_id: [ogbench.OGBench(env_id).make()])
 ogbench.OGBench.envs = lambda self, count: build(self.env_id)
 
 
-@pytest.fixture(scope="session")
-def data_dir(tmp_path_factory):
-    """One collected training and one validation episode of cube-single: DATA, as by --collect 1."""
-    folder = tmp_path_factory.getbasetemp() / "collected"  # of the whole session: collected once
-    ogbench.collect(folder / f"{DATA[:-4]}.npz", "cube-single-v0", 1)
-    return folder
-
-
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
-
-
-def refuse(number):
-    """A function that fails as the system's do."""
-    return mock.Mock(side_effect=OSError(number, os.strerror(number)))
 
 
 def failing(capsys, *command, status=2, main=mac.main):

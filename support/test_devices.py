@@ -11,31 +11,25 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import mac
 from support import devices, runs
-from support.test_common import COUNTING, HERE, Counting, read_csv
+from support.test_common import COUNTING, HERE, Counting
 
 TWO = [*COUNTING, "--horizon", "2", "--candidates", "2", "--flow-steps", "2", "--eval-interval",
-       "40", "--save-interval", "5", "--log-interval", "10", "--steps", "1000000", "--resume"]
+       "20", "--save-interval", "5", "--log-interval", "5", "--steps", "1000000", "--resume"]
 
 
 def process():
-    """mac.main, which leaves its first update's gradients and its last parameters for the tests."""
-    folder, update, train = sys.argv[-1], mac.update, mac.Training.train
-
-    def first_update(agent, optimizer, *rest):
-        mac.update, result = update, update(agent, optimizer, *rest)
-        if not os.path.exists(f"{folder}/gradients.pt") and not devices.RANK:
-            torch.save([p.grad for p in agent.parameters() if p.requires_grad],
-                       f"{folder}/gradients.pt")
-        return result
+    """mac.main, which leaves each process's parameters."""
+    train = mac.Training.train
 
     def whole_training(run, *rest):
         train(run, *rest)
-        torch.save(run.agent.state_dict(), f"{folder}/parameters{devices.RANK}.pt")
+        torch.save(run.agent.state_dict(), f"{sys.argv[-1]}/parameters{devices.RANK}.pt")
 
-    mac.update, mac.Training.train = first_update, whole_training
+    mac.Training.train = whole_training
     sys.exit(mac.main())
 
 
@@ -56,45 +50,40 @@ def wait_for_rows(rows, folder, processes):
 @pytest.fixture(scope="module")
 def two_processes(tmp_path_factory):
     """The folder of a run of two processes one of which was killed, and which was then resumed
-    until torchrun was told to stop after 50 updates or more."""
+    for 25 updates or more, until torchrun was told to stop."""
     folder = tmp_path_factory.mktemp("two")
     with socket.create_server(("localhost", 0)) as server:  # for a port that is free
         port = str(server.getsockname()[1])
-    torchruns = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
-                 "TORCHELASTIC_RUN_ID": "x"}
-    first, second = (start(folder, [sys.executable], RANK=rank, **torchruns) for rank in "01")
-    wait_for_rows(1, folder, [first, second])
-    second.kill()
-    _, error = first.communicate(timeout=60)
-    second.communicate()
-    assert first.returncode == 2 and error == ("error: another process of this run has ended: "
-                                               "--resume goes on from the last checkpoint\n")
-    assert 5 <= runs.load_checkpoint(folder)["step"] < 50
+    given = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+             "TORCHELASTIC_RUN_ID": "x"}
+    pair = [start(folder, [sys.executable], RANK=rank, **given) for rank in "01"]
+    wait_for_rows(2, folder, pair)
+    pair[1].kill()
+    error = pair[0].communicate(timeout=60)[1]
+    pair[1].communicate()
+    assert pair[0].returncode == 2 and error == ("error: another process of this run has ended: "
+                                                 "--resume goes on from the last checkpoint\n")
+    step = runs.load_checkpoint(folder)["step"]
+    assert step > 0
     torchrun = start(folder, [sys.executable, "-m", "torch.distributed.run", "--standalone",
                               "--nproc-per-node", "2", "--no-python", sys.executable])
-    wait_for_rows(5, folder, [torchrun])
+    wait_for_rows(step // 5 + 5, folder, [torchrun])
     torchrun.terminate()
     out, error = torchrun.communicate(timeout=60)
     assert torchrun.returncode and "error: " not in error
-    for text in ("resuming at", "step 40: success", "stopped at step"):
+    for text in (f"resuming at step {step}", f"step {step // 20 * 20 + 20}: success", "stopped at"):
         assert out.count(text) == 1
     return folder
 
 
-def two_runs(monkeypatch):
-    """The same as two runs in this process."""
+def two_runs(monkeypatch, steps=0):
+    """The same as two runs in this process, each in a thread."""
     monkeypatch.setattr(devices, "PROCESSES", 2)
-    settings, result = mac.settings(**mac.parse(TWO)[0]), []
+    settings, pair = mac.settings(**mac.parse(TWO)[0]), []
     for rank in range(2):
         monkeypatch.setattr(devices, "RANK", rank)
-        result.append(mac.Training(settings, torch.device("cpu"),
-                                   *Counting("counting").data("", None), [0]))
-    return result
-
-
-def test_two_processes_killed_stopped_and_resumed_are_two_threads_left_alone(two_processes,
-                                                                             monkeypatch):
-    state, pair = runs.load_checkpoint(two_processes), two_runs(monkeypatch)
+        pair.append(mac.Training(settings, torch.device("cpu"),
+                                 *Counting("counting").data("", None), [0]))
     meeting, shared = threading.Barrier(2, timeout=60), {}
 
     def average_gradients(optimizer):
@@ -107,62 +96,58 @@ def test_two_processes_killed_stopped_and_resumed_are_two_threads_left_alone(two
 
     def train(run):
         step = run.make_step()
-        for _ in range(state["step"]):
+        for _ in range(steps):
             step()
 
     monkeypatch.setattr(devices, "average_gradients", average_gradients)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         list(pool.map(train, pair))
-    assert state["step"] >= 50
+    return pair
+
+
+def test_two_processes_killed_stopped_and_resumed_are_two_threads_left_alone(two_processes,
+                                                                             monkeypatch):
+    state = runs.load_checkpoint(two_processes)
+    pair = two_runs(monkeypatch, state["step"])
     for rank, run in enumerate(pair):
-        for saved in (state["agent"], torch.load(two_processes / f"parameters{rank}.pt")):
-            assert all(torch.equal(value, saved[name])
-                       for name, value in run.agent.state_dict().items())
-        for index, moments in run.optimizer.state_dict()["state"].items():
-            assert all(torch.equal(value, state["optimizer"]["state"][index][name])
-                       for name, value in moments.items())
+        agent, moments = run.agent.state_dict(), run.optimizer.state_dict()["state"]
+        own = torch.load(two_processes / f"parameters{rank}.pt")
+        for ours, saved in ((agent, own), (agent, state["agent"]),
+                            (moments, state["optimizer"]["state"])):
+            assert all(map(torch.equal, tree_leaves(ours), tree_leaves(saved)))
     streams = [generator.get_state() for run in pair for generator in run.generators]
     assert all(map(torch.equal, streams, state["generators"])) and len(state["generators"]) == 4
-    steps = [int(row["step"]) for row in read_csv(two_processes / "train.csv")]
-    assert steps == list(range(10, state["step"] + 1, 10))
 
 
-def test_averaged_gradients_of_two_processes_are_the_whole_batchs(two_processes, monkeypatch):
+def test_averaged_gradients_are_the_whole_batchs(monkeypatch):
+    averaged = [p.grad for p in two_runs(monkeypatch, 1)[0].agent.parameters() if p.requires_grad]
     batches, noise = zip(*(run.generators for run in two_runs(monkeypatch)))
     run = two_runs(monkeypatch)[0]
     batch = mac.Batch(*map(torch.cat, zip(*(run.dataset.sample(4, half) for half in batches))))
     assert not torch.equal(batch.observation[:4], batch.observation[4:])
 
     def drawn_in_halves(draw):
-        def drawn(rows, *rest, **given):
-            return torch.cat([draw(rows // 2, *rest, generator=half) for half in noise])
-        return drawn
+        return lambda rows, *rest, **given: torch.cat(
+            [draw(rows // 2, *rest, generator=half) for half in noise])
 
     for name in ("randn", "rand"):
         monkeypatch.setattr(torch, name, drawn_in_halves(getattr(torch, name)))
     sum(run.agent.losses(batch, None)[0].values()).backward()
     gradients = [p.grad for p in run.agent.parameters() if p.requires_grad]
-    averaged = torch.load(two_processes / "gradients.pt")
-    assert len(averaged) == len(gradients)
-    for ours, theirs in zip(gradients, averaged):
+    for ours, theirs in zip(gradients, averaged, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5 * ours.abs().max().item())
 
 
-def test_processes_that_cannot_share_a_batch_are_refused(monkeypatch, tmp_path, capsys):
+def test_batches_are_shared_evenly_or_refused(monkeypatch):
     monkeypatch.setattr(devices, "PROCESSES", 2)
-    for size in ("batch_size", "rollout_batch_size"):
-        with pytest.raises(mac.MacError, match=f"2 processes cannot divide .*{size}.*9"):
-            devices.share(**{"batch_size": 8, "rollout_batch_size": 0, size: 9})
-    assert devices.share(batch_size=8, rollout_batch_size=0) == {"batch_size": 4,
-                                                                 "rollout_batch_size": 0}
+    assert devices.share(a=8, b=0) == {"a": 4, "b": 0}
+    with pytest.raises(mac.MacError, match="2 processes cannot divide .*'b': 9"):
+        devices.share(a=8, b=9)
 
 
-@pytest.mark.parametrize("size, run_id, expected", [
-    ("2", None, (0, 1)), ("", None, (0, 1)), ("2", "x", (1, 2))])
-def test_what_another_job_left_in_the_environment_is_not_torchruns(size, run_id, expected,
-                                                                   monkeypatch):
-    given = {"RANK": "1", "WORLD_SIZE": size, "MASTER_ADDR": "localhost"}
-    for name, value in {**given, **({"TORCHELASTIC_RUN_ID": run_id} if run_id else {})}.items():
+@pytest.mark.parametrize("own, expected", [({}, (0, 1)), ({"TORCHELASTIC_RUN_ID": "x"}, (1, 2))])
+def test_what_another_job_left_in_the_environment_is_not_torchruns(own, expected, monkeypatch):
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", **own}.items():
         monkeypatch.setenv(name, value)
     again = runpy.run_path(devices.__file__)
     assert (again["RANK"], again["PROCESSES"]) == expected
