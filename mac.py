@@ -52,7 +52,7 @@ from support.worlds import find_world
 
 # -------------------------------------------------------------------------------- settings
 
-LARGEST = 2 ** 32 - 1  # of all settings; those not named here are from 0
+LARGEST = 2 ** 32 - 1  # upper bound of every setting; the lower one is 0, or stands here
 BOUNDS = {"discount": (0.001, 0.999999), "warmup": (0, 0.99), "ema_rate": (0, 1), **dict.fromkeys(
     ("steps", "chunk", "horizon", "candidates", "eval_candidates", "execute", "flow_steps", "width",
      "batch_size", "eval_episodes"), (1, LARGEST))}
@@ -63,7 +63,7 @@ class Config:
     """Every setting, with its flag's help. Defaults are the paper's for reward-based tasks (Tables
     6 to 8); `settings` fills in what follows from the environment and --small."""
 
-    env: str = "cube-double-play-v0"  # OGBench dataset id; with --data any of gymnasium's
+    env: str = "cube-double-play-v0"  # OGBench id; with --data a gymnasium id
     data: str = ""  # own trajectories: .npz, .hdf5 or a folder of them (README)
     seed: int = 0  # seed of parameters, batches and noise
     steps: int = 1_000_000  # gradient steps; goal-conditioned 2M
@@ -78,12 +78,12 @@ class Config:
     flow_steps: int = 10  # F: Euler steps of the flow policy
     eval_flow: bool = False  # at test time propose by the flow itself, not by its distillation
     policy: str = "flow"  # behaviour policy: flow, or centered (not in the paper)
-    critic: Literal["network", "model"] = "network"  # Q is a network; or (model, not in the paper)
-                                                     # Eq. 11's target itself, without a network
+    critic: Literal["network", "model"] = "network"  # a Q network, or (model, not in the paper) Q
+                                                     # is Eq. 11's target, from the models
     discount: float = 0.999  # gamma per environment step
     chunk_reward: Literal["mean", "sum"] = "mean"  # of a chunk's n discounted rewards
     terminations: bool = True  # learn where the task ends, if the data have such ends
-    goal: Literal["task", "observation"] = "task"  # a goal is the task's coordinates, or all
+    goal: Literal["task", "observation"] = "task"  # a goal: the task's coordinates, or all
     value_goals: tuple = (0.2, 0.0, 0.5, 0.3)  # odds that a value goal is the current / a geometric
                                                # future / a uniform future / a random state
     actor_goals: tuple = (0.0, 1.0, 0.0, 0.0)  # the same for the goals of the cloned policy
@@ -92,7 +92,7 @@ class Config:
     batch_size: int = 256  # chunks per gradient step; goal-conditioned 1024
     rollout_batch_size: int = 0  # states of a batch that are rolled out; 0: all
     learning_rate: float = 3e-4  # step size of Adam
-    warmup: float = 0.0  # first part of the steps that trains the models and the policy only
+    warmup: float = 0.0  # fraction of the steps before V and Q are trained
     decay: bool = False  # after the warmup, let the learning rate fall linearly to zero
     ema_rate: float = 0.005  # target V moves this much towards V per step
     # data, logs, files
@@ -100,7 +100,7 @@ class Config:
     cache_dir: str = ""  # folder of their flat copies; default: flat/ beside the data
     collect: int = 0  # train on this many episodes, collected here by scripted policies
     collect_noise: float = 0.1  # noise on the plans of scripted policies; 0.1 in OGBench's data
-    window: int = 0  # draw from this many transitions, a window that slides over the data; 0: all
+    window: int = 0  # draw from a sliding window of this many chunks; 0: from all
     save_dir: str = ""  # run folder; default exp/<env>-seed<seed>
     tensorboard: bool = False  # write the numbers of the .csv files for TensorBoard too
     log_interval: int = 1000  # steps between rows of train.csv; 0: never
@@ -115,24 +115,24 @@ class Config:
                 if not isinstance(number, str) and not low <= number <= high:
                     raise MacError(f"{console.flag(name)}: {number} is not from {low} to {high}")
             if isinstance(value, tuple) and not sum(value):
-                raise MacError(f"{console.flag(name)}: one of the odds must not be 0")
+                raise MacError(f"{console.flag(name)}: the odds are all 0")
 
 
-# Found by measurement on two cores. The value function is learned in few steps, so it looks less
-# far ahead and its target moves faster. Until the models are good, rollouts would be wasted. The
-# distillation is still coarse at the end, so the flow itself proposes at test time.
+# Tuned on two cores. V has few steps to learn: smaller discount and horizon, larger EMA rate.
+# Rollouts in bad models would be wasted: warmup. The distillation is still coarse at the end, so at
+# test time the flow itself proposes.
 SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5, "candidates": 4,
          "eval_candidates": 16, "flow_steps": 3, "eval_flow": True, "discount": 0.99,
          "ema_rate": 0.02, "learning_rate": 1e-3, "decay": True, "steps": 16_000, "warmup": 0.5,
          "execute": 10, "log_interval": 250, "eval_interval": 2000, "eval_episodes": 20,
          "save_interval": 2000}
-# With goals, small networks need more. In play data the gripper is hardly ever beside a cube that
-# it is about to take, so nothing teaches them to correct their aim; noisier plans do. And a critic
-# learned in few steps does not tell the proposals for a state apart.
+# Small networks with goals need help. In play data the gripper is hardly ever beside a cube that it
+# is about to take, so the data show no corrections of the aim; noisier plans show them. And in few
+# steps a critic does not learn to rank the proposals for a state.
 SMALL_WITH_GOALS = {"collect_noise": 0.3, "policy": "centered", "critic": "model",
                     "learning_rate": 3e-3, "warmup": 0.6, "horizon": 6, "execute": 3,
                     "value_goals": (0.1, 0.7, 0.2, 0.0)}
-SMALL_SIZES = {"cube-single": {"collect": 200, "steps": 15_000},  # the ids these are for
+SMALL_SIZES = {"cube-single": {"collect": 200, "steps": 15_000},  # ids that begin so
                "cube-double": {"collect": 1000, "steps": 50_000, "eval_interval": 10_000,
                                "eval_episodes": 10},
                "puzzle-3x3": {"collect": 300, "steps": 25_000},
@@ -140,8 +140,8 @@ SMALL_SIZES = {"cube-single": {"collect": 200, "steps": 15_000},  # the ids thes
 
 
 def settings(**given):
-    """The Config of the settings given, over a policy's own, over --small's, over the paper's for
-    the environment (Tables 6 to 8). Raises MacError."""
+    """The Config of the settings given. What is not given is a policy's own preset, else that of
+    --small, else the paper's for the environment (Tables 6 to 8). Raises MacError."""
     if given.get("data"):
         given = {"env": "", **given, "data": os.path.abspath(console.home(given["data"], "--data"))}
     asked = Config(**given)
@@ -178,16 +178,16 @@ class Batch(NamedTuple):
     reward: torch.Tensor  # (B,) mean or sum of gamma^i r_{t+i}
     next_observation: torch.Tensor  # (B, O) s_{t+n}, or the state in which the task ended
     success: torch.Tensor  # (B,) 1 where the value goal's index lies in [t, t+n)
-    value_goal: torch.Tensor  # (B, G) of outcomes, rollouts, V and Q: may be any state of the data
-    actor_goal: torch.Tensor  # (B, G) of the cloned policy: mostly a state that its trajectory met
+    value_goal: torch.Tensor  # (B, G) for outcomes, rollouts, V and Q: may be any state
+    actor_goal: torch.Tensor  # (B, G) for cloning: often a later state of the trajectory
     terminated: torch.Tensor  # (B,) 1 where the task ended within the chunk
     valid: torch.Tensor  # (B, D) 1 for logged actions, 0 for padding after the task's end
 
 
 class ChunkDataset:
-    """support.data.Trajectories, from which batches of action chunks are drawn. The arrays stay raw
-    and uncopied; an index is kept of the trajectories, not of the rows. `columns` lists the G
-    coordinates of an observation that make it a goal."""
+    """support.data.Trajectories, from which batches of action chunks are drawn. Arrays stay raw and
+    uncopied; the index has an entry per trajectory, none per row. `columns` lists the G coordinates
+    of an observation that make it a goal."""
 
     def __init__(self, trajectories, columns, config, device="cpu"):
         arrays = [torch.as_tensor(array).to(device) for array in trajectories[:5]]
@@ -196,26 +196,26 @@ class ChunkDataset:
         self.config, self.terminated = config, terminated & config.terminations
         begins = F.pad(self.ends[:-1] + 1, (1, 0))
         # A chunk may start wherever n actions and a state follow, the last such place included.
-        # Where the task ended it may start in the last n - 1 states too; `valid` tells how far.
+        # If the task ended, it may start up to the state before the end; `valid` tells how far.
         self.last_starts = self.ends - torch.where(self.terminated, 1, config.chunk)  # (K,)
         count = (self.last_starts - begins + 1).clamp(min=0)  # (K,) starts of each trajectory
-        self.starts_up_to = count.cumsum(0)  # (K,) in this trajectory and those before it
+        self.starts_up_to = count.cumsum(0)  # (K,) starts up to and including this one
         self.total_starts = int(self.starts_up_to[-1])
         if not self.total_starts:
-            raise MacError("no trajectory of the training or of the validation data has the "
+            raise MacError("the training or validation data have no trajectory with the "
                            f"{config.chunk} actions of a chunk: try a smaller --chunk")
         self.offsets = torch.arange(config.chunk, device=device)
         weights = config.discount ** self.offsets
         self.reward_weights = weights / config.chunk if config.chunk_reward == "mean" else weights
 
     def start(self, pick):
-        """The states (B,) that the legal starts number `pick` (B,) are."""
+        """State indices (B,) of the legal starts numbered `pick` (B,)."""
         k = torch.searchsorted(self.starts_up_to, pick, right=True)  # the trajectory picked
-        return self.last_starts[k] + 1 - (self.starts_up_to[k] - pick)
+        return self.last_starts[k] + 1 + pick - self.starts_up_to[k]
 
     def sample(self, batch_size, generator, step=0):
-        """B chunks, uniform over all legal starts or, with --window, over that many successive
-        ones, which slide through the data by their own number in 1,000 steps. -> Batch"""
+        """B chunks, uniform over all legal starts or, with --window, over that many in a row. The
+        window moves through the data by its own length in 1,000 steps. -> Batch"""
         window, device = self.config.window or len(self.observations), self.ends.device
         first = torch.tensor([step * self.config.window // 1000 % self.total_starts], device=device)
         pick = torch.randint(min(window, self.total_starts), (batch_size,), generator=generator,
@@ -240,11 +240,11 @@ class ChunkDataset:
         states = self.observations.index_select(0, states).unflatten(0, (4, -1))  # (4, B, O)
         return Batch(
             observation=states[0],
-            # Clipped as in the published code: a tanh reaches neither end.
+            # Clipped to the open interval (-1, 1), as in the published code.
             chunk=actions.view(valid.shape).clamp(-1 + 1e-5, 1 - 1e-5) * valid,
             reward=(rewards * self.reward_weights).sum(1),
             next_observation=states[1],
-            success=((ahead >= 0) & (ahead < n)).float(),
+            success=((ahead >= 0) & (ahead < n) & (value_goal <= last)).float(),
             value_goal=states[2].index_select(1, self.columns),
             actor_goal=states[3].index_select(1, self.columns),
             terminated=(self.terminated[k] & (start + n >= last)).float(),
@@ -252,9 +252,9 @@ class ChunkDataset:
         )
 
     def sample_goals(self, start, last, odds, generator, first_state=0):
-        """Indices (B,) of goal states. With `odds` (current, geometric, uniform, random) it is the
-        state itself, one Geom(1 - gamma) steps ahead, one uniform over the rest of the trajectory
-        (neither beyond its end, `last`), or any state of the dataset or the window."""
+        """Indices (B,) of goal states. By `odds` (current, geometric, uniform, random) it is the
+        state itself, the state k ~ Geom(1 - gamma) steps ahead, a uniformly drawn later state of
+        the trajectory (neither beyond its end, `last`), or any state of the data or window."""
         kind, u, v = torch.rand(3, len(start), generator=generator, device=start.device)
         left = last - start
         geometric = (torch.log(u) / math.log(self.config.discount)).floor() + 1
@@ -264,7 +264,7 @@ class ChunkDataset:
         random = torch.randint(min(self.config.window or count, count), (len(start),),
                                generator=generator, device=start.device)
         random = (random + first_state) % count
-        current, near, future, _ = np.cumsum(odds) / sum(odds)  # the odds up to each
+        current, near, future, _ = np.cumsum(odds) / sum(odds)  # cumulative odds
         goal = torch.where(kind < future, uniform, random)
         goal = torch.where(kind < near, geometric, goal)
         return torch.where(kind < current, start, goal)
@@ -291,8 +291,8 @@ class Normalizer(nn.Module):
 
 
 class GELU(nn.Module):
-    """GELU in its tanh form, x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)). PyTorch's takes twice as
-    long on a CPU as the in-place operations that serve where no gradient is needed."""
+    """GELU in its tanh form, x sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)). On a CPU, in-place
+    operations, which serve where no gradient is needed, take half as long as PyTorch's."""
 
     def forward(self, x):
         if x.is_cuda or torch.is_grad_enabled():
@@ -325,7 +325,7 @@ class MLP(nn.Module):
 
 class Outcome(MLP):
     """Predicts what a chunk brings, an output for each of `names`: ("reward",) (Eq. 6), ("reward",
-    "termination") if tasks end in the data, or ("success",) (Appendix A.1), these two as logits."""
+    "termination") if tasks end in the data, or ("success",) (A.1); the last two are logits."""
 
     def __init__(self, inputs, names, width):
         super().__init__(inputs, len(names), width)
@@ -343,8 +343,8 @@ class Outcome(MLP):
             output, truth[name]) for name, output in outputs.items()}
 
     def predict(self, observation, chunk, goal):
-        """-> reward (...), mask (...): 0 where the goal is met or the task ends, 1 elsewhere. Until
-        the goal is met, the reward is -1. A logit above 0 is p > 0.5."""
+        """-> reward (...), mask (...): 0 where the goal is met or the task ends, 1 elsewhere. With
+        goals the reward is success - 1. A logit above 0 is p > 0.5."""
         outputs = self.outputs(observation, chunk, goal)
         if "success" in outputs:
             success = (outputs["success"] > 0).float()
@@ -405,7 +405,7 @@ class FlowPolicy(Policy):
         return F.mse_loss(batch.valid * velocity, batch.valid * (a - x_0))
 
     def loss(self, batch, generator):
-        """Eq. 7, and Eq. 8: one step from x_0 is to end where the flow from x_0 ends."""
+        """Eq. 7, and Eq. 8: `one_step` of x_0 is regressed on the end of the flow from x_0."""
         observation, goal = batch.observation, batch.actor_goal
         with torch.no_grad():
             x_0 = self.x_0(observation, goal, self.noise(observation, generator))
@@ -422,8 +422,8 @@ class FlowPolicy(Policy):
 
 
 class CenteredPolicy(FlowPolicy):
-    """Not in the paper: the flow begins at x_0 ~ N(mu(s, g), 0.3^2 I), not at N(0, I). A regression
-    learns mu. Small networks are then precise in a fraction of the updates."""
+    """Not in the paper: the flow begins at x_0 ~ N(mu(s, g), 0.3^2 I), not at N(0, I), where mu is
+    regressed on the chunks. Small networks then need far fewer updates to be precise."""
 
     def __init__(self, observation_size, goal_size, chunk_size, config):
         super().__init__(observation_size, goal_size, chunk_size, config)
@@ -439,7 +439,7 @@ class CenteredPolicy(FlowPolicy):
 
 
 POLICIES = {"flow": FlowPolicy, "centered": CenteredPolicy}  # --policy; add yours
-AGENTS = {}  # --policy: its subclass of Agent, where it has one; `presets` are its settings
+AGENTS = {}  # --policy: a subclass of Agent, if it needs one; its `presets` are settings
 
 
 # ------------------------------------------------------------------------------- the agent
@@ -465,12 +465,12 @@ def returns(rewards, masks, final_value, discount):
 class Agent(nn.Module):
     """The networks of MAC and what they compute together. Methods take normalised observations and
     goals unless they say "raw". `columns` lists the G coordinates of an observation that make it a
-    goal, none where a reward fixes the task; `terminations` tells whether the data have any."""
+    goal, none where a reward fixes the task; `terminations`: whether tasks end in the data."""
 
     def __init__(self, observation_size, action_size, columns, config, terminations=False):
         super().__init__()
         self.config, self.sizes = config, (observation_size, action_size)
-        self.discount = config.discount ** config.chunk  # of a whole chunk
+        self.chunk_discount = config.discount ** config.chunk
         goal_size, chunk_size = len(columns), config.chunk * action_size
         self.register_buffer("columns", torch.tensor(columns, dtype=torch.long))
         self.normalizer = Normalizer(observation_size)
@@ -497,7 +497,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def fill(self, batch, generator):
-        """Zero padding would tell the models of the end, so the policy's proposal replaces it."""
+        """Zero padding would reveal the end to the models, so the policy's proposal replaces it."""
         proposal = self.policy.propose(batch.observation, batch.actor_goal, generator)
         return batch._replace(chunk=torch.where(batch.valid == 1, batch.chunk, proposal))
 
@@ -507,10 +507,10 @@ class Agent(nn.Module):
 
     def q_target(self, reward, mask, next_observation, goal):
         """The target of Q (Eq. 11): the reward of a chunk, and V of the state after it."""
-        return reward + self.discount * mask * self.value(next_observation, goal)
+        return reward + self.chunk_discount * mask * self.value(next_observation, goal)
 
     def model_q(self, observation, chunk, goal):
-        """`q_target` of a step in the models."""
+        """`q_target` as the models predict it."""
         reward, mask = self.outcome.predict(observation, chunk, goal)
         return self.q_target(reward, mask, self.next_observation(observation, chunk), goal)
 
@@ -535,8 +535,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def imagine(self, observation, goal, generator, horizon=None, candidates=None):
-        """Eq. 9: H chunks in the model from every observation (B, O) at once. They go on past a
-        met goal; `returns` cuts there. -> Rollout"""
+        """Eq. 9: H chunks in the model from every observation (B, O) at once. Rollouts go on past a
+        met goal, but masks end their returns there. -> Rollout"""
         observations, chunks, count = [observation], [], candidates or self.config.candidates
         for _ in range(horizon or self.config.horizon):
             chunks.append(self.best_of(observations[-1], goal, count, generator))
@@ -557,7 +557,7 @@ class Agent(nn.Module):
         states, goals = rollout.observations, rollout.goals
         with torch.no_grad():
             target = returns(rollout.rewards, rollout.masks,
-                             self.target_value(states[-1], goals[0]), self.discount)  # (H, B)
+                             self.target_value(states[-1], goals[0]), self.chunk_discount)  # (H, B)
         losses = {"value": F.mse_loss(self.value(states[:-1], goals), target)}
         if self.critic:
             with torch.no_grad():
@@ -567,8 +567,8 @@ class Agent(nn.Module):
         return losses
 
     def losses(self, batch, generator, model_only=False):
-        """All losses of a raw batch, to be added with weight one, and the rollout. With
-        `model_only` (the warmup) neither V nor Q is trained, and the rollout is None."""
+        """-> the losses of a raw batch, whose sum is minimised, and the rollout. With `model_only`
+        (the warmup) neither V nor Q is trained, and the rollout is None."""
         batch = self.normalize(batch)
         if self.terminations:
             batch = self.fill(batch, generator)
@@ -601,7 +601,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, observation, goal=None, candidates=None, generator=None):
-        """Choose chunks for raw observations (B, O) or (O,), and as many goals of width G, or O (of
+        """Choose chunks for raw observations (B, O) or (O,), with a goal each of width G, or O (of
         which `columns` are taken); None where G is 0. `candidates` is N, by default
         `eval_candidates`; 1 is cloning. -> (B, n, A) or (n, A) float32 array, in [-1, 1]. Raises
         ValueError for other shapes and for numbers that are not finite."""
@@ -634,13 +634,13 @@ def update(agent, optimizer, batch, generator, model_only=False):
 # -------------------------------------------------------------------------------- training
 
 class Training:
-    """A training run. Batches and training noise have a random stream each; validation and
-    evaluation have others, so how often one logs or evaluates does not change what is learned."""
+    """A training run. Batches and training noise have a random stream each, validation and
+    evaluation have others: logging and evaluating never change what is learned."""
 
     def __init__(self, config, device, training, validation, columns):
         self.config, self.device = config, device
         torch.manual_seed(config.seed)
-        # The agent's configuration is this process's share of every batch, the run's is the whole.
+        # The agent's config has this process's share of the batch sizes, the run's has the whole.
         share = dataclasses.replace(config, **devices.share(
             batch_size=config.batch_size, rollout_batch_size=config.rollout_batch_size))
         self.agent = AGENTS.get(config.policy, Agent)(
@@ -658,7 +658,7 @@ class Training:
         self.step, self.saved, self.losses, self.headline, self.logs = 0, 0, {}, [], None
 
     def restore(self, checkpoint):
-        """Continue from a checkpoint; on another device a random stream begins anew."""
+        """Continue from a checkpoint; on another device a random stream restarts from the seed."""
         self.agent.load_state_dict(checkpoint["agent"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         group = self.optimizer.param_groups[0]  # the checkpoint was read to the host
@@ -675,14 +675,14 @@ class Training:
         return devices.to_device(batch, self.device)
 
     def make_step(self, model_only=False):
-        """-> a function that draws a batch and does one update, on a GPU a CUDA graph -> metrics"""
+        """-> a function that draws a batch, updates (on a GPU by a CUDA graph), returns metrics"""
         batches, noise = self.generators
 
         def step(batch):
             return update(self.agent, self.optimizer, batch, noise, model_only)
 
         if self.device.type == "cuda":
-            trial = self.draw(torch.Generator(batches.device))  # from a stream of its own
+            trial = self.draw(torch.Generator(batches.device))  # not from the run's stream
             step = devices.capture(step, trial, self.agent, self.optimizer, noise)
         return lambda: step(self.draw(batches))
 
@@ -719,7 +719,7 @@ class Training:
             if self.due(config.log_interval):
                 self.log(bar)
             if bar.plain and (self.due(config.log_interval) or self.step == began + 10):
-                say(str(bar))  # after ten updates, too: how long this phase takes
+                say(str(bar))  # also after ten updates, to show this phase's speed
         bar.close()
         if self.step > self.saved:
             self.save(folder, facts)
@@ -745,12 +745,12 @@ class Training:
         """Raises MacError, status 3, if a loss or a parameter of any process is not finite."""
         values = {**self.losses, **dict(self.agent.named_parameters())}
         bad = [name for name in values if not values[name].isfinite().all()]
-        for name in sum(devices.gathered(bad), []):
-            raise MacError(f"{name} is not finite at step {self.step}, the last checkpoint is of "
-                           f"step {self.saved}; try a smaller --learning-rate elsewhere", status=3)
+        if (bad := sum(devices.gathered(bad), [])):
+            raise MacError(f"{bad[0]} is not finite at step {self.step}, the last checkpoint is of "
+                           f"step {self.saved}; start anew with a smaller --learning-rate", 3)
 
     def evaluate(self, world, stop, count, seed, execute, candidates, log=False):
-        """Process 0 plays `count` episodes of every task; after a stop --resume plays them anew."""
+        """Process 0 plays `count` episodes of every task. A resumed run replays them if stopped."""
         if devices.RANK:
             return
         results = episodes.play(world, self.agent.eval(), count, seed, execute, candidates,
@@ -789,11 +789,11 @@ def train(config, folder, checkpoint=None):
     else:  # only process 0 looks: it may have to download or to collect
         name, source = devices.gathered(None if devices.RANK else world.find(config))[0]
     training, validation = world.data(name, config)
-    # What the data and the simulator decided. A run goes on only where they are the same.
+    # Facts of the data and the simulator. A run resumes only if they are the same.
     facts = {"sizes": [array.shape[1] for array in training[:2]], "columns": world.columns,
              "terminations": bool(training.terminated.any()), "box": world.box,
              "fingerprint": data.fingerprint(training), "data": name, "source": source}
-    for name, before in (checkpoint["facts"] if checkpoint else facts).items():
+    for name, before in checkpoint["facts"].items() if checkpoint else ():
         if facts[name] != before:
             raise MacError("the data or the simulator are not those of this run: the "
                            f"{name} was {before} and is {facts[name]}")
@@ -819,7 +819,7 @@ def train(config, folder, checkpoint=None):
                 for execute in sorted({1, config.execute}) if not stop.signal else ():
                     run.evaluate(world, stop, count, config.seed + 1, execute, candidates)
         if stop.signal:
-            say(f"stopped at step {run.step}; the same command with --resume goes on")
+            say(f"stopped at step {run.step}; to go on, add --resume")
             return 128 + stop.signal
     say(f"trained {run.step} steps" + (f"; now: python eval.py {folder}" if world.tasks else ""))
 
@@ -836,8 +836,8 @@ def load(run, device="cpu"):
     return agent.float().to(device).eval()  # float: whatever the default type is
 
 
-# What --resume may change. Of these only `steps` (the length of a decay) and `device` (its noise)
-# have an effect on the parameters at a given step.
+# What --resume may change. Of these only `steps` (by the decay) and `device` (by its noise) have an
+# effect on the parameters at a given step.
 MAY_CHANGE = {"steps", "device", "log_interval", "eval_interval", "save_interval",
               "eval_episodes", "data", "dataset_dir", "cache_dir", "save_dir", "tensorboard"}
 
@@ -857,7 +857,7 @@ def parse(argv):
     """-> the settings given as flags, --resume, --benchmark"""
     parser = console.Parser("mac.py", allow_abbrev=False, description="Train MAC (see README.md).")
     console.add_flags(parser, Config)
-    parser.add_argument("--resume", action="store_true", help="continue the run of this folder")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --save-dir")
     parser.add_argument("--benchmark", type=int, default=0, metavar="K", help="time K updates")
     given = vars(parser.parse_args(argv))
     return given, given.pop("resume"), given.pop("benchmark")
@@ -882,19 +882,19 @@ def main(argv):
             return train(config, folder)
         checkpoint = runs.load_checkpoint(folder)
         with runs.must_fit(folder):
-            before = Config(**checkpoint["config"])
+            merged = Config(**checkpoint["config"])
         for name in given:
-            was, now = getattr(before, name), getattr(config, name)
+            was, now = getattr(merged, name), getattr(config, name)
             if name in MAY_CHANGE:
-                before = dataclasses.replace(before, **{name: now})
+                merged = dataclasses.replace(merged, **{name: now})
             elif was != now:
                 raise MacError(f"{console.flag(name)}: this run has {was}, not {now}; use another "
                                "--save-dir")
-        if checkpoint["step"] > before.steps:
-            raise MacError(f"--steps {before.steps}: this run is at step {checkpoint['step']}")
-        return train(before, folder, checkpoint)
+        if checkpoint["step"] > merged.steps:
+            raise MacError(f"--steps {merged.steps}: this run is at step {checkpoint['step']}")
+        return train(merged, folder, checkpoint)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends a collection's workers, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # workers end, too
     sys.exit(main())

@@ -75,7 +75,7 @@ def test_chunks_rewards_and_labels_by_brute_force(n, kind):
             assert np.isclose(batch.reward[row], total / n if kind == "mean" else total, atol=1e-6)
             assert batch.observation[row] == t and batch.next_observation[row] == t + taken
             assert batch.terminated[row] == (end and t + n >= last)
-            assert batch.success[row] == (t <= batch.value_goal[row] < t + n)
+            assert batch.success[row] == (t <= batch.value_goal[row] <= min(t + n - 1, last))
             assert begin <= batch.actor_goal[row] <= last
         starts += legal
         begin += length

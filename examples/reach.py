@@ -73,7 +73,7 @@ def main(argv):
     console.say("".join(f"{name:>10}" for name in names))
     for row in rows:
         console.say("".join(f"{number:10.4g}" for number in row))
-    lines = {"never": -1 / (1 - agent.discount)} if goals else {}
+    lines = {"never": -1 / (1 - agent.chunk_discount)} if goals else {}
     for task in world.tasks:  # V where it begins
         begins = [[np.array(x) for x in world.reset(world.env, task, seed)] for seed in range(10)]
         value = agent.value(*agent.prepare(*map(np.stack, zip(*begins))))

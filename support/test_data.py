@@ -1,5 +1,6 @@
 """pytest: data sets are laid down flat once, whole, and told from one another."""
 import concurrent.futures
+import itertools
 import types
 from unittest import mock
 
@@ -10,6 +11,7 @@ from support import data
 from support.data import Trajectories
 
 PARTS = ((25, 12, 31), (14,), (40, 13))  # states of each shard's trajectories
+NUMBERS = "000", "999", "1000"  # in their files' names
 
 
 def shard(i, split=0):
@@ -36,10 +38,11 @@ WHOLE = together(*map(shard, range(3))), together(shard(0, 1), shard(2, 1))
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with the shards, the second without validation."""
-    for split, suffix, indices in ((0, "", (0, 1, 2)), (1, "-val", (0, 2))):
-        for i in indices:
-            np.savez(tmp_path / f"x-{i:03}{suffix}.npz", *shard(i, split)[:5])
+    """A folder with the shards, the second without validation, and what is not of them."""
+    for suffix, i in itertools.product(("", "-val"), range(3)):
+        if (suffix, i) != ("-val", 1):
+            np.savez(tmp_path / f"x-{NUMBERS[i]}{suffix}.npz", *shard(i, len(suffix) // 4)[:5])
+    (tmp_path / "x-collected5-000.npz").touch()
     return tmp_path
 
 
@@ -66,43 +69,21 @@ def test_ragged_shards_are_one_data_set_that_is_read_once(folder, tmp_path_facto
     assert all(same(result, WHOLE) for result in results) and once.call_count == 5
 
 
-def test_an_interrupted_laying_down_leaves_nothing_and_starts_over(folder):
-    stopped = mock.Mock(wraps=read, side_effect=[mock.DEFAULT, KeyboardInterrupt] * 2)
-    with pytest.raises(KeyboardInterrupt):
-        flat(folder, read=stopped)
-    assert not list(folder.rglob("observations"))
+def test_what_was_interrupted_damaged_or_changed_is_laid_down_anew(folder):
+    stopped = mock.Mock(wraps=read, side_effect=[mock.DEFAULT, KeyboardInterrupt])
     with mock.patch.object(data.shutil, "rmtree"), pytest.raises(KeyboardInterrupt):
         flat(folder, read=stopped)  # as if killed: nothing tidies up
-    assert same(flat(folder), WHOLE) and len(list(folder.rglob("observations"))) == 2
-
-
-def test_changed_and_fewer_shards_are_laid_down_anew(folder):
-    before, first = flat(folder)[0], shard(0)
-    changed = first._replace(actions=first.actions / 2)
+    for name in ("observations", "actions", "rewards", "index.json"):
+        for damage in (lambda data: b"", lambda data: data[:-8], lambda data: bytes(len(data))):
+            for path in folder.rglob(name):
+                damaged = damage(path.read_bytes())
+                path.unlink()
+                path.write_bytes(damaged)
+            assert same(flat(folder), WHOLE) and same(flat(folder, read=None), WHOLE)
+    before, changed = flat(folder)[0], shard(0)._replace(actions=shard(0).actions / 2)
     np.savez(folder / "x-000.npz", *changed[:5])
     assert same(flat(folder)[:1], [together(changed, shard(1), shard(2))])
-    (folder / "x-002.npz").unlink()
+    (folder / "x-1000.npz").unlink()
     assert same(flat(folder)[:1], [together(changed, shard(1))])
     assert same([before], WHOLE[:1])  # what another run has mapped stays
     assert len(list(folder.rglob("observations"))) == 2  # and takes no disk after it
-
-
-@pytest.mark.parametrize("name", ["observations", "actions", "rewards", "index.json"])
-def test_what_was_damaged_later_is_laid_down_again(name, folder):
-    flat(folder)
-    for damage in (lambda whole: b"", lambda whole: whole[:-8], lambda whole: bytes(len(whole))):
-        for path in folder.rglob(name):
-            damaged = damage(path.read_bytes())
-            path.unlink()
-            path.write_bytes(damaged)
-        assert same(flat(folder), WHOLE) and same(flat(folder, read=None), WHOLE)
-
-
-def test_shards_are_in_the_order_of_their_numbers(tmp_path):
-    names = ["x-000", "x-002", "x-999", "x-1000"]
-    for name in (*names, "x-collected5-000", "xy-001", *(f"{name}-val" for name in names)):
-        (tmp_path / f"{name}.npz").touch()
-    assert [[file.stem for file in files] for files in data.data_files(tmp_path / "x.npz")] == [
-        names, [f"{name}-val" for name in names]]
-    (tmp_path / "x.npz").touch()  # a whole file comes before shards
-    assert data.data_files(tmp_path / "x.npz")[0] == [tmp_path / "x.npz"]

@@ -21,23 +21,11 @@ TWO = [*COUNTING, "--horizon", "2", "--candidates", "2", "--flow-steps", "2", "-
        "20", "--save-interval", "5", "--log-interval", "5", "--steps", "1000000", "--resume"]
 
 
-def process():
-    """mac.main, which leaves each process's parameters."""
-    train = mac.Training.train
-
-    def whole_training(run, *rest):
-        train(run, *rest)
-        torch.save(run.agent.state_dict(), f"{sys.argv[-1]}/parameters{devices.RANK}.pt")
-
-    mac.Training.train = whole_training
-    sys.exit(mac.main())
-
-
 def start(folder, command, **environment):
-    program = [*command, "-c", "import support.test_devices as t; t.process()", *TWO, "--save-dir",
-               str(folder)]
-    return subprocess.Popen(program, cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env={**os.environ, **environment})
+    program = "import sys, mac, support.test_common; sys.exit(mac.main())"
+    return subprocess.Popen([*command, "-c", program, *TWO, "--save-dir", str(folder)], cwd=HERE,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            env={**os.environ, **environment})
 
 
 def wait_for_rows(rows, folder, processes):
@@ -45,35 +33,6 @@ def wait_for_rows(rows, folder, processes):
     while not log.exists() or log.read_text().count("\n") <= rows:
         assert all(process.poll() is None for process in processes), processes[0].communicate()
         time.sleep(0.02)
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory):
-    """The folder of a run of two processes one of which was killed, and which was then resumed
-    for 25 updates or more, until torchrun was told to stop."""
-    folder = tmp_path_factory.mktemp("two")
-    with socket.create_server(("localhost", 0)) as server:  # for a port that is free
-        port = str(server.getsockname()[1])
-    given = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
-             "TORCHELASTIC_RUN_ID": "x"}
-    pair = [start(folder, [sys.executable], RANK=rank, **given) for rank in "01"]
-    wait_for_rows(2, folder, pair)
-    pair[1].kill()
-    error = pair[0].communicate(timeout=60)[1]
-    pair[1].communicate()
-    assert pair[0].returncode == 2 and error == ("error: another process of this run has ended: "
-                                                 "--resume goes on from the last checkpoint\n")
-    step = runs.load_checkpoint(folder)["step"]
-    assert step > 0
-    torchrun = start(folder, [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                              "--nproc-per-node", "2", "--no-python", sys.executable])
-    wait_for_rows(step // 5 + 5, folder, [torchrun])
-    torchrun.terminate()
-    out, error = torchrun.communicate(timeout=60)
-    assert torchrun.returncode and "error: " not in error
-    for text in (f"resuming at step {step}", f"step {step // 20 * 20 + 20}: success", "stopped at"):
-        assert out.count(text) == 1
-    return folder
 
 
 def two_runs(monkeypatch, steps=0):
@@ -105,15 +64,32 @@ def two_runs(monkeypatch, steps=0):
     return pair
 
 
-def test_two_processes_killed_stopped_and_resumed_are_two_threads_left_alone(two_processes,
-                                                                             monkeypatch):
-    state = runs.load_checkpoint(two_processes)
+def test_two_processes_killed_stopped_and_resumed_are_two_threads_left_alone(tmp_path, monkeypatch):
+    with socket.create_server(("localhost", 0)) as server:  # for a port that is free
+        port = str(server.getsockname()[1])
+    given = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port,
+             "TORCHELASTIC_RUN_ID": "x"}
+    pair = [start(tmp_path, [sys.executable], RANK=rank, **given) for rank in "01"]
+    wait_for_rows(2, tmp_path, pair)
+    pair[1].kill()
+    (_, error), _ = (process.communicate(timeout=60) for process in pair)
+    assert pair[0].returncode == 2 and error == ("error: another process of this run has ended: "
+                                                 "--resume goes on from the last checkpoint\n")
+    step = runs.load_checkpoint(tmp_path)["step"]
+    torchrun = start(tmp_path, [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                "--nproc-per-node", "2", "--no-python", sys.executable])
+    wait_for_rows(step // 5 + 5, tmp_path, [torchrun])
+    torchrun.terminate()
+    out, error = torchrun.communicate(timeout=60)
+    assert torchrun.returncode and "error: " not in error
+    for text in (f"resuming at step {step}", f"step {step // 20 * 20 + 20}: success", "stopped at"):
+        assert out.count(text) == 1
+    state = runs.load_checkpoint(tmp_path)
     pair = two_runs(monkeypatch, state["step"])
-    for rank, run in enumerate(pair):
-        agent, moments = run.agent.state_dict(), run.optimizer.state_dict()["state"]
-        own = torch.load(two_processes / f"parameters{rank}.pt")
-        for ours, saved in ((agent, own), (agent, state["agent"]),
-                            (moments, state["optimizer"]["state"])):
+    assert state["step"] >= step + 20 > 20
+    for run in pair:  # process 1 is not saved, but its parameters had a part in each gradient
+        for ours, saved in ((run.agent.state_dict(), state["agent"]),
+                            (run.optimizer.state_dict()["state"], state["optimizer"]["state"])):
             assert all(map(torch.equal, tree_leaves(ours), tree_leaves(saved)))
     streams = [generator.get_state() for run in pair for generator in run.generators]
     assert all(map(torch.equal, streams, state["generators"])) and len(state["generators"]) == 4
@@ -121,17 +97,12 @@ def test_two_processes_killed_stopped_and_resumed_are_two_threads_left_alone(two
 
 def test_averaged_gradients_are_the_whole_batchs(monkeypatch):
     averaged = [p.grad for p in two_runs(monkeypatch, 1)[0].agent.parameters() if p.requires_grad]
-    batches, noise = zip(*(run.generators for run in two_runs(monkeypatch)))
-    run = two_runs(monkeypatch)[0]
+    pair = two_runs(monkeypatch)
+    (run, _), (batches, noise) = pair, zip(*(run.generators for run in pair))
     batch = mac.Batch(*map(torch.cat, zip(*(run.dataset.sample(4, half) for half in batches))))
-    assert not torch.equal(batch.observation[:4], batch.observation[4:])
-
-    def drawn_in_halves(draw):
-        return lambda rows, *rest, **given: torch.cat(
-            [draw(rows // 2, *rest, generator=half) for half in noise])
-
-    for name in ("randn", "rand"):
-        monkeypatch.setattr(torch, name, drawn_in_halves(getattr(torch, name)))
+    for name in ("randn", "rand"):  # are drawn in halves
+        monkeypatch.setattr(torch, name, lambda rows, *rest, draw=getattr(torch, name), **_: (
+            torch.cat([draw(rows // 2, *rest, generator=half) for half in noise])))
     sum(run.agent.losses(batch, None)[0].values()).backward()
     gradients = [p.grad for p in run.agent.parameters() if p.requires_grad]
     for ours, theirs in zip(gradients, averaged, strict=True):
@@ -145,25 +116,25 @@ def test_batches_are_shared_evenly_or_refused(monkeypatch):
         devices.share(a=8, b=9)
 
 
-@pytest.mark.parametrize("own, expected", [({}, (0, 1)), ({"TORCHELASTIC_RUN_ID": "x"}, (1, 2))])
-def test_what_another_job_left_in_the_environment_is_not_torchruns(own, expected, monkeypatch):
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", **own}.items():
+def test_what_another_job_left_in_the_environment_is_not_torchruns(monkeypatch):
+    for name, value, expected in (("RANK", "1", (0, 1)), ("WORLD_SIZE", "2", (0, 1)),
+                                  ("TORCHELASTIC_RUN_ID", "x", (1, 2))):
         monkeypatch.setenv(name, value)
-    again = runpy.run_path(devices.__file__)
-    assert (again["RANK"], again["PROCESSES"]) == expected
+        again = runpy.run_path(devices.__file__)
+        assert (again["RANK"], again["PROCESSES"]) == expected
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_an_agent_is_the_same_whatever_the_default_type_and_on_each_device(device, tmp_path):
+def test_an_agent_is_the_same_whatever_the_default_type_and_on_each_device(device, tmp_path,
+                                                                           request):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
-    given = [*COUNTING, "--steps", "2", "--eval-interval", "0", "--save-dir", str(tmp_path)]
-    assert mac.main([*given, "--device", device]) == 0
+    given = [*COUNTING, "--eval-interval", "0", "--save-dir", str(tmp_path), "--device", device]
+    assert mac.main([*given, "--steps", "2"]) == 0
     one = mac.load(tmp_path).act([1.0], [2.0], 1, torch.Generator().manual_seed(0))
+    request.addfinalizer(lambda: torch.set_default_dtype(torch.float32))
     torch.set_default_dtype(torch.float64)
-    try:
-        other = mac.load(tmp_path).act([1.0], [2.0], 1, torch.Generator().manual_seed(0))
-    finally:
-        torch.set_default_dtype(torch.float32)
+    other = mac.load(tmp_path).act([1.0], [2.0], 1, torch.Generator().manual_seed(0))
+    torch.set_default_dtype(torch.float32)
     assert one.dtype == other.dtype == np.float32 and np.allclose(one, other, atol=1e-6)
-    assert mac.main([*given, "--steps", "4", "--resume", "--device", device]) == 0
+    assert mac.main([*given, "--steps", "4", "--resume"]) == 0

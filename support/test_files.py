@@ -34,19 +34,6 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "link").is_symlink() and len(os.listdir(tmp_path)) == 3
 
 
-def test_a_lock_refuses_a_second_process_and_leaves_no_empty_folder(tmp_path):
-    folder = tmp_path / "a" / "run"
-    with files.lock(folder), pytest.raises(MacError, match=f"another process .* in {folder}"):
-        with files.lock(folder):
-            pass
-    assert not folder.exists()
-    with mock.patch.object(files.fcntl, "flock", refuse(errno.ENOLCK)), files.lock(folder):
-        (folder / "made").touch()  # in a file system without locks
-        (folder / ".torn.7.tmp").touch()  # of a write that was killed
-    with files.lock(folder):
-        assert sorted(os.listdir(folder)) == [".lock", "made"]
-
-
 def test_flipped_and_truncated_files_are_refused(tmp_path):
     rng, path = np.random.default_rng(0), tmp_path / "x.npz"
     np.savez_compressed(path, a=rng.normal(size=(40, 9)), b=np.array([{}], object), c=0)
@@ -93,31 +80,22 @@ def test_numbers_of_any_kind_are_the_same_numbers():
             assert np.array_equal(checked.reshape(given.shape), given)
 
 
-WORKERS = """
-import os, pathlib, sys, time
+PROGRAM = """
+import sys
 from support import console, files
-def work(name):
-    if name == "0":
-        os._exit(1)
-    pathlib.Path(name).touch()
-    time.sleep(60)
-@console.command
-def main(argv):
-    list(files.in_processes(work, argv, "working", " x"))
-if __name__ == "__main__":  # which its workers import too
-    sys.exit(main())"""
+sys.exit(console.command(lambda jobs: list(files.in_processes(exec, jobs, "working", " x")))())"""
+WAIT = "import pathlib, time\npathlib.Path('begun').touch()\ntime.sleep(60)"
 
 
-@pytest.mark.parametrize("number, status, line", [
-    (0, 2, "error: a process was lost while working"), (signal.SIGINT, 130, "stopped"),
-    (signal.SIGKILL, -9, "")])
-def test_no_worker_outlives_its_parent_and_a_lost_one_is_one_line(number, status, line, tmp_path):
+@pytest.mark.parametrize("number, job, status, line", [
+    (0, "import os\nos._exit(1)", 2, "error: a process was lost while working"),
+    (signal.SIGINT, WAIT, 130, "stopped\n"), (signal.SIGKILL, WAIT, -9, "")])
+def test_no_worker_outlives_its_parent_and_a_lost_one_is_one_line(number, job, status, line,
+                                                                  tmp_path):
     """While the pipe that all of them hold is open, one of them is alive."""
-    (tmp_path / "work.py").write_text(WORKERS)
-    process = subprocess.Popen([sys.executable, "work.py", str(int(number)), "a", "b"], text=True,
-                               cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    while number and not (tmp_path / "a").exists():
-        assert process.poll() is None, process.stderr.read()
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM, WAIT, job], text=True, cwd=tmp_path,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not (tmp_path / "begun").exists():
         time.sleep(0.05)
     process.send_signal(number)  # 0 is none
     error = process.communicate(timeout=20)[1]

@@ -56,8 +56,8 @@ class Gymnasium(World):
         for space in (env.action_space, env.observation_space):
             if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1 or (
                     space is env.action_space and not space.is_bounded()):
-                raise MacError(f"--env {self.env_id}: its space {space} is not supported, only flat "
-                               "Box spaces are, bounded ones of actions")
+                raise MacError(f"--env {self.env_id}: its space {space} is not supported; flat Boxes "
+                               "are, of actions bounded ones")
         if env.spec.max_episode_steps is None:
             say(f"{self.env_id} has no time limit: its episodes end after 10,000 steps")
             env = gymnasium.wrappers.TimeLimit(env, 10_000)
