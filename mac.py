@@ -782,8 +782,7 @@ def train(config, folder, checkpoint=None):
     """Train in `folder` until `config.steps` or a signal. -> exit status. Raises MacError."""
     device = devices.set_up_device(config.device, config.width)
     world = find_world(config.env, config.goal, config.data)
-    if config.eval_interval:
-        episodes.try_out(world)
+    episodes.try_out(world, config.eval_interval > 0)
     if checkpoint:
         name, source = checkpoint["facts"]["data"], checkpoint["facts"]["source"]
     else:  # only process 0 looks: it may have to download or to collect

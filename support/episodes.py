@@ -92,9 +92,9 @@ class Episode:
         self.done = terminated or truncated
 
 
-def try_out(world):
-    """Reset and step the simulator once, to find its faults before training. Raises MacError."""
-    for task in world.tasks[:1]:
+def try_out(world, plays=True):
+    """Make the simulator; reset and step it once if it `plays` later. Raises MacError."""
+    for task in world.tasks[:int(plays)]:
         episode = Episode(world, world.env, task, 0, 0)
         first, episode.plan = episode.observation, [np.zeros(world.sizes[1], np.float32)]
         episode.step()

@@ -47,8 +47,7 @@ def folder(tmp_path):
 
 
 def flat(folder, name="goals", read=read, cache_dir=""):
-    config = types.SimpleNamespace(cache_dir=str(cache_dir))
-    return data.flat_data(folder / "x.npz", name, read, config)
+    return data.flat_data(folder / "x.npz", name, read, types.SimpleNamespace(cache_dir=cache_dir))
 
 
 def same(some, others):
@@ -57,12 +56,11 @@ def same(some, others):
 
 
 def test_ragged_shards_are_one_data_set_that_is_read_once(folder, tmp_path_factory):
-    one, cache = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("cache")
+    one, cache = tmp_path_factory.mktemp("one"), str(tmp_path_factory.mktemp("cache"))
     for part, suffix in zip(WHOLE, ("", "-val")):
         np.savez(one / f"x{suffix}.npz", *part[:5])
-    for place in (folder, one):  # each has a folder in the cache
-        assert same(flat(place, cache_dir=cache), WHOLE)
-        assert same(flat(place, read=None, cache_dir=cache), WHOLE)
+    for place, how in itertools.product((folder, one), (read, None)):  # None: it is not read again
+        assert same(flat(place, read=how, cache_dir=cache), WHOLE)  # each has a folder there
     once = mock.Mock(wraps=read)  # for another id's rewards; of three at once two wait
     with concurrent.futures.ThreadPoolExecutor(3) as pool:
         results = list(pool.map(lambda _: flat(folder, "other", once), range(3)))
@@ -80,7 +78,7 @@ def test_what_was_interrupted_damaged_or_changed_is_laid_down_anew(folder):
                 path.unlink()
                 path.write_bytes(damaged)
             assert same(flat(folder), WHOLE) and same(flat(folder, read=None), WHOLE)
-    before, changed = flat(folder)[0], shard(0)._replace(actions=shard(0).actions / 2)
+    before, changed = flat(folder)[0], shard(0, 1)
     np.savez(folder / "x-000.npz", *changed[:5])
     assert same(flat(folder)[:1], [together(changed, shard(1), shard(2))])
     (folder / "x-1000.npz").unlink()

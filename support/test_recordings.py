@@ -36,9 +36,9 @@ def save(path, arrays):
             file[key] = array
 
 
-def write_d4rl(folder, episodes, flat):  # with columns of (N, 1), groups, stable-baselines3's dones
-    flags = {"terminals": flat["terminals"] | flat["timeouts"], "timeouts": flat["timeouts"]}
-    columns = {key: array[:, None] for key, array in (flags | {"rewards": flat["rewards"]}).items()}
+def write_d4rl(folder, episodes, flat):  # with columns of (N, 1), groups, both flags set
+    flat["terminals"] |= flat["timeouts"]
+    columns = {key: flat[key][:, None] for key in ("rewards", "terminals", "timeouts")}
     save(folder / "x.hdf5", {**flat, **columns, "infos/qpos": flat["actions"]})
 
 
@@ -58,7 +58,6 @@ def write_minari(folder, episodes, flat):  # with links to files beside it; 10 f
 def write_folder(folder, episodes, flat):  # two episodes and half one, a copy, what is not data
     for name, part in (("b", slice(10, None)), ("a", slice(10)), ("a copy", slice(10))):
         save(folder / f"{name}.npz", {key: array[part] for key, array in flat.items()})
-    (folder / "._a.npz").write_bytes(b"not data")
     (folder / "dangling.npz").symlink_to("gone.npz")
 
 
@@ -97,21 +96,16 @@ def without_final(s, a, r, how, begin=0):
     return s[begin:-1], a[begin:-1], r[begin:-1], how
 
 
-def test_without_next_observations_terminations_are_kept(tmp_path, capsys):
+def test_without_next_observations_terminations_are_kept(tmp_path):
     episodes, flat = own_data()
     flat["actions"][[9, 10, 19]] = [[np.nan], [-99], [np.inf]]  # of ends that are no terminations
     del flat["next_observations"]
     save(tmp_path / "x.npz", flat)
     assert_recorded(read(tmp_path), [without_final(*episode) for episode in episodes])
-    assert re.search("has no next_obs.* of 3 episodes that terminated", capsys.readouterr().out)
-    flat["actions"][4, 1] = np.nan  # of a termination
-    save(tmp_path / "x.npz", flat)
-    with pytest.raises(MacError, match=r"actions\[4, 1\] is nan"):
-        read(tmp_path)
 
 
 @pytest.mark.parametrize("next_step", [False, True])
-def test_recorded_resets_of_a_vector_environment_are_no_transitions(next_step, tmp_path, capsys):
+def test_recorded_resets_of_a_vector_environment_are_no_transitions(next_step, tmp_path):
     episodes, flat = own_data([(5, "terminals"), (4, "timeouts"), (3, "terminals"), (6, None)])
     ends, after = np.array([4, 8, 11]), np.array([5, 9, 12])
     resets, final = flat["observations"][after], flat["next_observations"][ends]
@@ -127,7 +121,6 @@ def test_recorded_resets_of_a_vector_environment_are_no_transitions(next_step, t
     assert_recorded(read(tmp_path), [
         without_final(*episodes[0]), *(without_final(*one, begin) for one in episodes[1:3]),
         (s[begin:], a[begin:], r[begin:], how)])
-    assert re.search("3 episodes, .* a vector environment recorded", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("change, message", [
@@ -138,8 +131,8 @@ def test_recorded_resets_of_a_vector_environment_are_no_transitions(next_step, t
     (lambda d: d.update({key: array[np.arange(20).reshape(2, 10).T.flatten()]  # two environments
                          for key, array in d.items()}), "in 14 rows, the first 0, next_observ")])
 def test_bad_recordings_are_named(change, message, tmp_path):
-    _, flat = own_data()
+    path, (_, flat) = tmp_path / "x.npz", own_data()
     change(flat)
-    save(tmp_path / "x.npz", flat)
-    with pytest.raises(MacError, match=f"^{tmp_path / 'x.npz'}.*{message}"):
-        recordings.read_folder(tmp_path / "x.npz", (3, 2), LOW, HIGH)
+    save(path, flat)
+    with pytest.raises(MacError, match=f"^{path}.*{message}"):
+        read(path)

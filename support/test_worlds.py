@@ -1,8 +1,6 @@
 """pytest: a simulator and data of one's own, from data to evaluation, and a simulator's faults."""
 import pathlib
-import sys
 import threading
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,19 +8,19 @@ import pytest
 import eval as evaluation
 import mac
 from support import worlds
+from support.episodes import import_simulators
 from support.test_common import NET, failing, read_csv
 from support.test_recordings import HIGH, LOW, OWN, own_data
 
-SHORT = [*NET, "--chunk", "3", "--steps", "6", "--log-interval", "2", "--save-dir", "run",
-         "--eval-interval"]
 RUN = pathlib.Path("run")
-OWN_RUN = ["--env", "Own-v0", "--data", "small.npz", "--eval-episodes", "2", *SHORT]
+OWN_RUN = [*NET, *("--env Own-v0 --data own.npz --chunk 3 --steps 6 --log-interval 2 "
+                   "--save-dir run --eval-episodes 2 --eval-interval").split()]
 
 
 def register(low=LOW, high=HIGH, limit=12, **methods):
     """Make Own-v0, a simulator of one thread that returns an array which it uses again: x moves by
     the first action, and the task ends, badly, beyond 8. `methods` take the place of its own."""
-    import gymnasium
+    _, gymnasium = import_simulators()
 
     class Slide(gymnasium.Env):
         observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (3,))
@@ -47,28 +45,27 @@ def register(low=LOW, high=HIGH, limit=12, **methods):
 
 @pytest.fixture(autouse=True)
 def own(tmp_path, monkeypatch):
-    """Work in a folder with own.npz, actions in LOW to HIGH, and small.npz, in [-1, 1]."""
+    """Work in a folder with own.npz, of actions in [-1, 1]. -> its arrays"""
     monkeypatch.chdir(tmp_path)
     _, flat = own_data(OWN * 3)
-    np.savez("own.npz", **flat)
     flat["actions"] /= 10
-    np.savez("small.npz", **flat)
+    np.savez("own.npz", **flat)
     return flat
 
 
-def test_a_simulator_of_ones_own_from_data_to_evaluation():
+def test_a_simulator_of_ones_own_from_data_to_evaluation(own):
     register()
-    assert mac.main(["--env", "Own-v0", "--data", "own.npz", *SHORT, "3"]) == 0
+    assert mac.main([*OWN_RUN, "3"]) == 0
     assert float(read_csv(RUN / "train.csv")[-1]["termination"]) > 0
     rows = [row for row in read_csv(RUN / "eval.csv") if row["task"] == "overall"]
     assert [row["step"] for row in rows] == ["3", "6"] and 3 <= float(rows[-1]["length"]) <= 12
     assert all(row["success"] == "" and row["return"] == row["length"] for row in rows)
-    world, logged = worlds.find_world("Own-v0", data="own.npz"), np.load("own.npz")
+    world = worlds.find_world("Own-v0", data="own.npz")
     training, _ = world.data("own.npz", None)  # actions are rescaled there, and back here
-    index = (logged["observations"] == training.observations[0]).all(1).argmax()
+    index = (own["observations"] == training.observations[0]).all(1).argmax()
     world.reset(world.env, 1, 0)
     for action, expected in (([-1, -1], LOW), ([1, 1], HIGH), ([0, 0.5], [1, 7.5]),
-                             (training.actions[0], logged["actions"][index])):
+                             (training.actions[0], own["actions"][index])):
         world.env.step(np.float32(action))
         assert np.allclose(world.env.unwrapped.seen[-1], expected, atol=1e-5)
 
@@ -84,50 +81,42 @@ def test_an_id_without_a_time_limit_gets_one_and_says_so(capsys):
 
 def test_no_simulator_then_one_with_another_box_and_changed_data(own, capsys):
     """Where there is none, actions are taken to be in [-1, 1]; the one that comes has [-2, 2]."""
-    command = ["--env", "no_such_module:Own-v0", "--data", "small.npz", *SHORT, "2"]
-    assert mac.main(command) == 0 and "cannot make" in capsys.readouterr().out
+    resume = [*OWN_RUN, "2", "--resume", "--steps", "9"]
+    import_simulators()[1].registry.pop("Own-v0", None)
+    assert mac.main([*OWN_RUN, "2"]) == 0 and "cannot make" in capsys.readouterr().out
     assert mac.load("run").act(np.zeros(3)).shape == (3, 2) and not (RUN / "eval.csv").exists()
     assert "no simulator" in failing(capsys, "run", main=evaluation.main)
     for change in ({"rewards": 2 * own["rewards"]}, {"actions": -own["actions"]},
                    {"terminals": own["timeouts"], "timeouts": own["terminals"]}):
-        np.savez("small.npz", **own | change)
-        assert "the fingerprint was" in failing(capsys, *command, "--resume", "--steps", "9")
-    np.savez("small.npz", **own)
+        np.savez("own.npz", **own | change)
+        assert "the fingerprint was" in failing(capsys, *resume)
+    np.savez("own.npz", **own)
     register([-2, -2], [2, 2])
-    with mock.patch.dict(sys.modules, no_such_module=mock.Mock()):
-        assert "[[-2.0, -2.0], [2.0, 2.0]]" in failing(capsys, "run", main=evaluation.main)
-        assert "the box was" in failing(capsys, *command, "--resume", "--steps", "9")
-    for command, message in (("--env CartPole-v1 --data own.npz", "Discrete(2)"),
-                             ("--data own.npz --env cube-double-play-v0", "has data of its own")):
-        assert message in failing(capsys, *SHORT, "0", *command.split(), "--save-dir", "other")
+    assert "[[-2.0, -2.0], [2.0, 2.0]]" in failing(capsys, "run", main=evaluation.main)
+    assert "the box was" in failing(capsys, *resume)
 
 
 def broken(self, action):
     raise ZeroDivisionError("two\nlines")
 
 
-@pytest.mark.parametrize("fault, message", [
-    ({"step": broken}, "(ZeroDivisionError: two lines); mend it"),
-    ({"step": lambda self, action: (np.full(3, np.nan), 1.0, False, False, {})}, "nan"),
-    ({"step": lambda self, action: (np.zeros(3), 1.0, False, {})}, "not enough values"),
-    ({"reset": lambda self, **_: np.zeros(3, np.float32)}, "failed"),
-    ({"reset": lambda self, **_: (np.zeros(4), {})}, "failed")])
-def test_a_fault_of_the_simulator_is_one_line_before_training(fault, message, capsys):
-    register(**fault)
+@pytest.mark.parametrize("method, fault, message", [
+    ("step", broken, "(ZeroDivisionError: two lines); mend it"),
+    ("step", lambda self, action: (np.full(3, np.nan), 1.0, False, False, {}), "nan"),
+    ("step", lambda self, action: (np.zeros(3), 1.0, False, {}), "not enough values"),
+    ("reset", lambda self, **_: np.zeros(3, np.float32), "failed")])
+def test_a_fault_of_the_simulator_is_one_line_before_training(method, fault, message, capsys):
+    register(**{method: fault})
     error = failing(capsys, *OWN_RUN, "2")
     assert "simulator of Own-v0 failed" in error and message in error
     assert not list(RUN.glob("[a-z]*"))
 
 
 def test_an_evaluation_that_fails_later_saves_the_run_and_says_how_to_go_on(capsys):
-    def later(self, action):  # in the second evaluation
-        return broken(self, action) if len(self.seen) > 15 else self.move(action)
-
-    register([-1, -1], [1, 1], 6, step=later)
-    error = failing(capsys, *OWN_RUN, "2")
-    assert "ZeroDivisionError" in error and "--resume" in error and "--eval-interval 0" in error
+    register([-1, -1], [1, 1], 6, step=lambda self, action: (  # in the second evaluation
+        broken if len(self.seen) > 15 else type(self).move)(self, action))
+    assert "and --resume, or" in failing(capsys, *OWN_RUN, "2") and mac.load("run").step == 4
     register([-1, -1], [1, 1], 6, step=broken)
     failing(capsys, *OWN_RUN, "2", "--resume")
-    assert mac.load("run").step == 4
     assert mac.main([*OWN_RUN, "0", "--resume"]) == 0 and mac.load("run").step == 6
     assert {row["step"] for row in read_csv(RUN / "eval.csv")} == {"2"}
