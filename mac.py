@@ -634,8 +634,7 @@ def update(agent, optimizer, batch, generator, model_only=False):
 # -------------------------------------------------------------------------------- training
 
 class Training:
-    """A training run. Batches and training noise have a random stream each, validation and
-    evaluation have others: logging and evaluating never change what is learned."""
+    """A training run. Validation and evaluation have random streams of their own."""
 
     def __init__(self, config, device, training, validation, columns):
         self.config, self.device = config, device
@@ -656,6 +655,7 @@ class Training:
         self.generators = devices.make_generators((config.seed, devices.RANK), place, device)
         self.warmup_steps = int(config.warmup * config.steps)
         self.step, self.saved, self.losses, self.headline, self.logs = 0, 0, {}, [], None
+        devices.choose_threads(self.validate, device)
 
     def restore(self, checkpoint):
         """Continue from a checkpoint; on another device a random stream restarts from the seed."""
@@ -690,8 +690,7 @@ class Training:
         return interval and (self.step % interval == 0 or self.step == self.config.steps)
 
     def train(self, folder, world, facts, stop):
-        """Update until `config.steps` or a stop. Each iteration first saves and evaluates if due,
-        then updates; the last iteration does not update."""
+        """Save and evaluate if due, then update, until `config.steps` or a stop."""
         config, rate, phase = self.config, self.optimizer.param_groups[0]["lr"], None
         bar = console.Progress(total=config.steps, initial=self.step, smoothing=0.05,
                                unit=" steps", interval=math.inf, bar_format="step "
@@ -724,15 +723,19 @@ class Training:
         if self.step > self.saved:
             self.save(folder, facts)
 
+    @torch.no_grad()
+    def validate(self):
+        """-> the losses of a fixed validation batch"""
+        generators = devices.make_generators(0, self.validation.ends.device, self.device)
+        batch = self.validation.sample(self.agent.config.batch_size, generators[0])
+        return self.agent.losses(devices.to_device(batch, self.device), generators[1])[0]
+
     def log(self, bar):
         """A row of train.csv: losses (process 0's) of this step and of a fixed validation batch."""
         self.check_finite()
         if devices.RANK:
             return
-        generators = devices.make_generators(0, self.validation.ends.device, self.device)
-        batch = self.validation.sample(self.agent.config.batch_size, generators[0])
-        with torch.no_grad():
-            validation, _ = self.agent.losses(devices.to_device(batch, self.device), generators[1])
+        validation = devices.choose_threads(self.validate, self.device)
         now = {name: value.item() for name, value in self.losses.items()}
         row = {name: now.get(name, "") for name in (*validation, "rollout_reward")}
         row.update({f"val_{name}": value.item() for name, value in validation.items()})
@@ -780,7 +783,7 @@ class Training:
 
 def train(config, folder, checkpoint=None):
     """Train in `folder` until `config.steps` or a signal. -> exit status. Raises MacError."""
-    device = devices.set_up_device(config.device, config.width)
+    device = devices.set_up_device(config.device)
     world = find_world(config.env, config.goal, config.data)
     episodes.try_out(world, config.eval_interval > 0)
     if checkpoint:
@@ -799,8 +802,7 @@ def train(config, folder, checkpoint=None):
     description = json.dumps({**dataclasses.asdict(config), "facts": facts}, indent=2)
     say(description)
     run = Training(config, device, training, validation, world.columns)
-    say(f"training on {device.type}, with {torch.get_num_threads()} threads and "
-        f"{torch.backends.cpu.get_cpu_capability()}")
+    say(f"training on {device.type}, {torch.backends.cpu.get_cpu_capability()}")
     with runs.Stop(devices.PROCESSES) as stop:
         if checkpoint:
             with runs.must_fit(folder):
@@ -835,15 +837,14 @@ def load(run, device="cpu"):
     return agent.float().to(device).eval()  # float: whatever the default type is
 
 
-# What --resume may change. Of these only `steps` (by the decay) and `device` (by its noise) have an
-# effect on the parameters at a given step.
+# What --resume may change; `steps` (by the decay) and `device` (by its noise) affect parameters.
 MAY_CHANGE = {"steps", "device", "log_interval", "eval_interval", "save_interval",
               "eval_episodes", "data", "dataset_dir", "cache_dir", "save_dir", "tensorboard"}
 
 
 def benchmark(config, updates):
     """Time updates on random data of the environment's shape. -> dict, for one line of JSON"""
-    device = devices.set_up_device(config.device, config.width)
+    device = devices.set_up_device(config.device)
     world = find_world(config.env, config.goal, config.data)
     random = data.random_data(20_000, *world.sizes)
     run = Training(config, device, random, random, world.columns)

@@ -19,7 +19,6 @@ from support.files import check, lock, write
 
 class Trajectories(NamedTuple):
     """Logged trajectories, laid end to end. Arrays are float32 unless they say otherwise."""
-
     observations: np.ndarray  # (T, O)
     actions: np.ndarray  # (T, A) in [-1, 1]; the action of a trajectory's last state is not used
     ends: np.ndarray  # (K,) int64 index of each trajectory's last state, ascending
@@ -53,9 +52,8 @@ def data_files(path):
 
 
 def flat_data(path, name, read, config):
-    """-> training, validation: Trajectories of the data set `path`, memory-mapped. Memory may not
-    hold the files, and reading a million rows takes 6 s. So `read` reads them once; flat copies are
-    found again by `name` and the files' names, sizes and times. Raises MacError."""
+    """-> training, validation: Trajectories, memory-mapped. `read` takes 6 s per million rows, so
+    flat copies are kept, by `name` and the files' names, sizes and times. Raises MacError."""
     place, result = home(config.cache_dir or path.parent / "flat", "--cache-dir"), []
     place /= f"{path.stem}-{zlib.crc32(os.fsencode(path.parent.resolve())):08x}"
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes

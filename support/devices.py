@@ -14,16 +14,13 @@ from support.console import MacError
 
 # Under torchrun this is process RANK of PROCESSES. Each computes the losses of its share of a batch
 # with random streams of its own. Gradients are averaged, so parameters stay equal to the bit.
-RANK, PROCESSES = 0, 1
+RANK, PROCESSES, THREADS = 0, 1, torch.get_num_threads()
 if "TORCHELASTIC_RUN_ID" in os.environ:  # a RANK left over from another job does not count
     RANK, PROCESSES = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-def set_up_device(name, width):
-    """The device for networks of this width; a GPU computes products in TF32. Raises MacError."""
-    # Small networks are little faster with two threads, and much slower beside another program.
-    if width <= 256 and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
+def set_up_device(name):
+    """The device to train on; a GPU computes products in TF32. Raises MacError."""
     if name == "cuda" and not torch.cuda.is_available():
         raise MacError("--device cuda: PyTorch sees no GPU here; use --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
@@ -36,9 +33,25 @@ def set_up_device(name, width):
     return torch.device("cuda")
 
 
+def choose_threads(work, device):
+    """-> work(). On a CPU it is timed with one thread and with all; the quicker number stays:
+    beside another program, threads that wait for each other may be ten times slower than one."""
+    result, now = work(), torch.get_num_threads()
+    seconds = {1: 0, THREADS: 0, now: 0}
+    if device.type == "cuda" or "OMP_NUM_THREADS" in os.environ:
+        return result
+    for count in [*seconds] * 3:
+        torch.set_num_threads(count)
+        start = time.perf_counter()
+        work()
+        seconds[count] += time.perf_counter() - start
+    seconds[now] *= 0.9  # so that a small difference changes nothing
+    torch.set_num_threads(min(seconds, key=seconds.get))
+    return result
+
+
 def device_of_data(device, *data):
-    """Where these Trajectories are kept: on `device`, or on the host if they would fill more than
-    0.6 of the memory that the GPU has left."""
+    """Where Trajectories are kept: on `device`, or on the host if a GPU has too little room."""
     size = sum(array.nbytes for arrays in data for array in arrays[:5])
     if device.type == "cuda" and size > 0.6 * torch.cuda.mem_get_info(device)[0]:
         return torch.device("cpu")
@@ -66,8 +79,7 @@ def together():
         return
     if RANK:
         sys.stdout = open(os.devnull, "w")
-    # Agreements go by gloo, on the host, so that no GPU waits. The time limit is for what process 0
-    # does alone: it collects data and evaluates.
+    # The time limit is for what process 0 does alone: it collects data and evaluates.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
                             timeout=datetime.timedelta(days=1))
     try:
@@ -138,8 +150,7 @@ def capture(step, batch, agent, optimizer, generator):
 
 
 def benchmark(eager, step, device, updates):
-    """-> dict of the time of `step` and the operations of `eager`, the same update without a CUDA
-    graph. The peak is that of a large matrix product, on a GPU in TF32."""
+    """-> dict: time of `step`, operations of `eager` (no CUDA graph), peak of a large product."""
     from torch.utils.flop_counter import FlopCounterMode
 
     def seconds(function, times):

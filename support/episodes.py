@@ -15,7 +15,6 @@ from support.files import check
 class World:
     """Where the tasks, the data and the simulator of an id come from. A world of your own also has
     `knows`, `tasks`, `columns`, `make`, `reset`, `find` and `data` (examples/world.py)."""
-
     goal_conditioned = True  # False: a reward fixes the task, goals have width 0
     scripted = False  # there are scripted policies to collect the data with
     parallel = 1  # environments that are stepped side by side, by threads
@@ -107,7 +106,6 @@ def play(world, agent, episodes, seed=0, execute=None, candidates=None,
          on_step=lambda episode: None, stop=lambda: False):
     """Run `episodes` episodes of every task. Each depends on (seed, task, episode) and the agent's
     noise alone, but in teleporting mazes. Environments that need a chunk share one call of `act`.
-
     Args: execute: actions of each chunk that are executed; candidates: N; on_step: called with
         each Episode after each of its steps; stop: asked before each step.
     Returns: {task: list of (success, return, length)}, or None after a stop; success is None in

@@ -45,8 +45,7 @@ def lock(folder, wait=False):
 
 
 def write(path, data, keep=None):
-    """Make `data` (bytes) the file at `path`, whole or not at all. If `keep` is given, the file
-    that was there is renamed to it. Raises MacError."""
+    """Make `data` the file `path`, whole or not at all; `keep` names the old. Raises MacError."""
     path = pathlib.Path(path).resolve()  # a link stays a link
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -94,8 +93,7 @@ def read_arrays(path, names):
 
 
 def check(path, key, array, shape, low=-np.inf, high=np.inf):
-    """-> `array` as float32, of `shape` (None: any length), with numbers between `low` and `high`.
-    Raises MacError, which names the file, the key and the index."""
+    """-> `array` as float32, of `shape` (None: any), between `low` and `high`. Raises MacError."""
     if array.shape[1:] == (1,) and len(shape) == 1:
         array = array[:, 0]  # some writers store a column
     if array.dtype.kind not in "fiub" or len(array.shape) != len(shape) or any(

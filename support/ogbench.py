@@ -28,7 +28,6 @@ FLAGS = ("terminals", "timeouts", "truncations", "terminations", "dones")  # any
 class OGBench(World):
     """The tasks of an OGBench id. A goal is either the coordinates of an observation that the task
     is about ("task": the paper's; OGBench says oraclerep) or all of them ("observation")."""
-
     knows, parallel = ID.fullmatch, 5  # MuJoCo releases the interpreter while it steps
 
     def __init__(self, env_id, goal="task", data=""):

@@ -58,14 +58,12 @@ def one_table(path, groups):
 
 
 def read_episodes(path, arrays, observation_size, action_size, low=-1, high=1):
-    """The episodes in a table of arrays with a row per action, checked.
-
-    An episode ends where the task ended (`terminals`), where the recording stopped (`timeouts`),
-    and with the table. Its final state is in `next_observations`. Without that, its last row stands
-    for the final state and loses its action; but where the task ended, and no return goes on, the
-    last observation is repeated. Sizes may be None; actions are rescaled from the box `low`, `high`
-    (A,) to [-1, 1]. -> list of (states (L, O), actions (L, A), rewards (L,), terminated), whose
-    last action and reward have no use. Raises MacError."""
+    """The episodes in a table with a row per action. One ends where the task ended (`terminals`) or
+    the recording stopped (`timeouts`), and with the table. Its final state is in
+    `next_observations`. Without that, the last row stands for it and loses its action; but where
+    the task ended the last observation is repeated. Sizes may be None; actions are rescaled from
+    the box `low`, `high` (A,) to [-1, 1]. -> list of (states (L, O), actions (L, A), rewards (L,),
+    terminated); the last action and reward have no use. Raises MacError."""
     low, high, count = np.float32(low), np.float32(high), len(np.atleast_1d(arrays["actions"]))
     terminated, stopped = (np.any([np.zeros(count), *(check(path, key, arrays[key], (count,))
                                                       for key in keys if key in arrays)], axis=0)

@@ -14,8 +14,7 @@ from support.files import write
 
 
 def save_checkpoint(folder, state):
-    """Write folder/checkpoint.pt: torch.save's bytes and their SHA-256. The one that was there
-    becomes checkpoint-previous.pt. Whenever this is cut short, one of the two is whole."""
+    """Write folder/checkpoint.pt, with a SHA-256; the old becomes checkpoint-previous.pt."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.write(hashlib.sha256(buffer.getbuffer()).digest())

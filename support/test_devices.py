@@ -11,7 +11,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves
 
 import mac
 from support import devices, runs
@@ -19,6 +18,14 @@ from support.test_common import COUNTING, Counting
 
 TWO = [*COUNTING, "--horizon", "2", "--candidates", "2", "--flow-steps", "2", "--eval-interval",
        "20", "--save-interval", "5", "--log-interval", "5", "--steps", "1000000", "--resume"]
+
+
+def leaves(value):
+    """The tensors in nested dictionaries and lists."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value
+    return sum(map(leaves, items), []) if isinstance(value, (dict, list, tuple)) else []
 
 
 def start(folder, command, **environment):
@@ -88,7 +95,7 @@ def test_two_processes_killed_stopped_and_resumed_are_two_threads_left_alone(tmp
     for run in pair:  # process 1 is not saved, but its parameters had a part in each gradient
         for ours, saved in ((run.agent.state_dict(), state["agent"]),
                             (run.optimizer.state_dict()["state"], state["optimizer"]["state"])):
-            assert all(map(torch.equal, tree_leaves(ours), tree_leaves(saved)))
+            assert all(map(torch.equal, leaves(ours), leaves(saved)))
 
 
 def test_averaged_gradients_are_the_whole_batchs(monkeypatch):
@@ -131,3 +138,23 @@ def test_an_agent_is_the_same_whatever_the_default_type_and_on_each_device(devic
         actions.append(mac.load(tmp_path).act([1.0], [2.0], 1, torch.Generator().manual_seed(0)))
     assert np.allclose(*actions, atol=1e-6) and actions[0].dtype == np.float32
     assert mac.main([*given, "--steps", "4", "--resume"]) == 0
+
+
+@pytest.mark.parametrize("now", [1, 2])
+@pytest.mark.parametrize("cost, quicker", [({1: 7, 2: 5}, 2), ({1: 5, 2: 9}, 1), ({1: 5, 2: 5}, 0)])
+def test_the_quicker_number_of_threads_stays_unless_the_user_gave_one(now, cost, quicker,
+                                                                      monkeypatch):
+    clock, threads = [0], [now]
+    monkeypatch.setattr(devices, "THREADS", 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[0])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: threads.__setitem__(0, count))
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def work():
+        clock[0] += cost[threads[0]]
+        return "losses"
+
+    assert devices.choose_threads(work, torch.device("cpu")) == "losses" and threads == [now]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert devices.choose_threads(work, torch.device("cpu")) == "losses"
+    assert threads == [quicker or now]  # of two that are equally quick the one that there is

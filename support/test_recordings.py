@@ -135,3 +135,18 @@ def test_bad_recordings_are_named(change, message, tmp_path):
     save(path, flat)
     with pytest.raises(MacError, match=f"^{path}.*{message}"):
         read(path)
+
+
+def test_files_that_are_no_flat_arrays_are_named(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    (tmp_path / "x.pkl").write_bytes(b"")
+    (tmp_path / "bad.h5").write_bytes(b"no HDF5")
+    with h5py.File(tmp_path / "dict.h5", "w") as file:
+        file["episode_0/observations/state"] = np.zeros((4, 3))
+    for name, message in (("x.pkl", "data files end in"), ("bad.h5", "cannot read .*signature"),
+                          ("dict.h5", "episode_0/observations is a group, as of a Dict space")):
+        with pytest.raises(MacError, match=message):
+            read(tmp_path / name)
+    with mock.patch.object(h5py, "File", side_effect=OSError("unable to lock file, errno = 11")):
+        with pytest.raises(MacError, match="may still write it, or set HDF5_USE_FILE_LOCKING"):
+            read(tmp_path / "bad.h5")

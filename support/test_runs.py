@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import struct
+import subprocess
 import sys
 import termios
 import threading
@@ -303,3 +304,19 @@ def test_a_film_has_a_third_of_the_frames_of_first_episodes(run, tmp_path, capsy
     assert evaluation.main(film) == 0
     frames = imageio.v3.imread(tmp_path / "x.gif")[:, 0, 0, 0].astype(int)
     assert np.allclose(frames, [31, 121, 211, 32, 122, 212], atol=1)
+
+
+def test_d4rls_normalised_score(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(evaluation.D4RL_RETURNS, "counting", (-10.0, 90.0))
+    report = tmp_path / "x.json"
+    assert evaluation.main([str(run), "--episodes", "1", "--json", str(report)]) == 0
+    overall = json.loads(report.read_text())["overall"]
+    assert overall["return"] == -3.5 and np.isclose(overall["d4rl_score"], 6.5)
+
+
+def test_a_renderer_that_is_missing_is_one_line(tmp_path):
+    process = subprocess.run([sys.executable, mac.__file__, "--env", "cube-single-play-v0"],
+                             cwd=tmp_path, env={**os.environ, "MUJOCO_GL": "foo"}, text=True,
+                             capture_output=True)
+    assert process.returncode == 2 and process.stderr.startswith("error: OGBench does not start")
+    assert process.stderr.count("\n") == 1 and not list(tmp_path.glob("exp/*"))

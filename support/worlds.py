@@ -27,7 +27,6 @@ def find_world(env_id, goal="task", data=""):
 class Gymnasium(World):
     """A task of one's own: logged data with rewards and, if gymnasium can make one of the id, a
     simulator. The agent's actions are in [-1, 1]; the recorded ones are in the simulator's box."""
-
     goal_conditioned, columns, pixels = False, [], 0
 
     @functools.cached_property
