@@ -2,6 +2,7 @@
 run of both command lines. `pytest test_mac.py` needs no simulator, no data and no GPU."""
 import json
 import math
+import os
 import pathlib
 import re
 import subprocess
@@ -22,6 +23,7 @@ from support.episodes import World
 HERE = pathlib.Path(__file__).parent
 # Bits depend on the number of threads, and nets this small are not faster with two.
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def config(**settings):

@@ -113,6 +113,7 @@ def check(path, key, array, shape, low=-np.inf, high=np.inf):
 
 def in_processes(function, jobs, doing, unit):
     """Yield function(job) for each of `jobs`, in order, worked on by all cores. Raises MacError."""
+    say(f"{doing}: {len(jobs)}{unit} on all cores")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     # Fresh interpreters: a fork of a process that has run torch's threads may hang.
     with concurrent.futures.ProcessPoolExecutor(

@@ -161,10 +161,8 @@ def collect(path, simulator, episodes, noise=PLAY_NOISE):
             targets[path.with_stem(stem)] = [(0, 1, e) for e in range(begin, end)]
         targets = {file: seeds for file, seeds in targets.items() if not file.exists()}
         seeds = sum(targets.values(), [])
-        if seeds:
-            say(f"collecting {len(seeds)} episodes of {simulator} on all cores")
         collected = in_processes(functools.partial(collect_episode, simulator, noise), seeds,
-                                 "collecting", " episodes")
+                                 f"collecting {simulator}", " episodes")
         for file, seeds in targets.items():
             parts, buffer = list(itertools.islice(collected, len(seeds))), io.BytesIO()
             np.savez_compressed(buffer, **{

@@ -53,7 +53,7 @@ def own(tmp_path, monkeypatch):
     return flat
 
 
-def test_a_simulator_of_ones_own_from_data_to_evaluation(own):
+def test_a_simulator_of_ones_own_from_data_to_evaluation(own, capsys):
     register()
     assert mac.main([*OWN_RUN, "3"]) == 0
     assert float(read_csv(RUN / "train.csv")[-1]["termination"]) > 0
@@ -68,6 +68,8 @@ def test_a_simulator_of_ones_own_from_data_to_evaluation(own):
                              (training.actions[0], own["actions"][index])):
         world.env.step(np.float32(action))
         assert np.allclose(world.env.unwrapped.seen[-1], expected, atol=1e-5)
+    film = failing(capsys, "run", "--video", "x.gif", main=evaluation.main)
+    assert "failed (TypeError: " in film and "render_mode" in film
 
 
 def test_an_id_without_a_time_limit_gets_one_and_says_so(capsys):

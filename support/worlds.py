@@ -6,7 +6,7 @@ import numpy as np
 
 from support import ogbench, recordings
 from support.console import MacError, say
-from support.episodes import World, import_simulators
+from support.episodes import World, faults, import_simulators
 
 WORLDS = [ogbench.OGBench]  # asked in turn whether they know an id; add yours
 
@@ -35,10 +35,11 @@ class Gymnasium(World):
         if not self.env_id:
             return None
         _, gymnasium = import_simulators()
-        try:
-            return self.envs(1)[0]
-        except (gymnasium.error.Error, ImportError) as error:
-            say(f"WARNING: no evaluation, for gymnasium cannot make {self.env_id!r} ({error})")
+        with faults(self):
+            try:
+                return self.envs(1)[0]
+            except (gymnasium.error.Error, ImportError) as error:
+                say(f"WARNING: no evaluation: gymnasium cannot make {self.env_id!r} ({error})")
 
     @property
     def box(self):
@@ -55,8 +56,8 @@ class Gymnasium(World):
         for space in (env.action_space, env.observation_space):
             if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1 or (
                     space is env.action_space and not space.is_bounded()):
-                raise MacError(f"--env {self.env_id}: its space {space} is not supported; flat Boxes "
-                               "are, of actions bounded ones")
+                raise TypeError(f"its space {space} is not supported; flat Boxes are, of actions "
+                                "bounded ones")
         if env.spec.max_episode_steps is None:
             say(f"{self.env_id} has no time limit: its episodes end after 10,000 steps")
             env = gymnasium.wrappers.TimeLimit(env, 10_000)
