@@ -1,11 +1,9 @@
-"""Play the trained agent of a run folder of mac.py: success table, JSON, film, learning curve.
+"""Play the trained agent of a run folder, which is all it needs: table, JSON, film, learning curve.
 
     python eval.py exp/<run>                        # success, return and length per task
     python eval.py exp/<run> --candidates 1         # the cloned behaviour, without Q
     python eval.py exp/<run> --video out.gif        # watch an episode of each task
     python eval.py exp/<run> --plot                 # learning curve, from the CSV files alone
-
-The run folder is all that is needed; the data are not.
 """
 import csv
 import io

@@ -1,8 +1,8 @@
 """The paper's ablations (Tables 3 and 15). A policy of your own is made alike: a class, its name in
 mac.POLICIES, and mac.main, which takes all flags of mac.py.
 
-    python examples/ablations.py --policy gaussian --env cube-single-play-singletask-v0 --small
-    python eval.py exp/cube-single-play-singletask-v0-seed0 --with examples/ablations.py
+    python examples/ablations.py --policy gaussian --env … --small --save-dir exp/gaussian
+    python eval.py exp/gaussian --with examples/ablations.py
 """
 import dataclasses
 import pathlib

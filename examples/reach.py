@@ -68,6 +68,8 @@ def main(argv):
     rows = [[distance, *means] + [ideal(config, distance)] * goals
             for distance in (0, 10, 20, 30, 50, 70, 100, 150, 200, 300, 400)
             if (means := reach(agent, dataset, distance))]
+    if not rows:
+        raise mac.MacError("no validation state comes before a goal (or a rise of the reward)")
     text = "".join(",".join(map(str, row)) + "\n" for row in [names, *rows])
     files.write(args.run / "reach.csv", text.encode())
     console.say("".join(f"{name:>10}" for name in names))

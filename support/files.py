@@ -118,8 +118,9 @@ def in_processes(function, jobs, doing, unit):
     # Fresh interpreters: a fork of a process that has run torch's threads may hang.
     with concurrent.futures.ProcessPoolExecutor(
             min(cores, len(jobs)), multiprocessing.get_context("spawn"), follow_parent) as pool:
+        futures = [pool.submit(function, job) for job in jobs]  # `map` would cancel them too early
         try:
-            yield from Progress(pool.map(function, jobs), doing, len(jobs), unit=unit)
+            yield from (future.result() for future in Progress(futures, doing, unit=unit))
         except concurrent.futures.process.BrokenProcessPool as error:
             raise MacError(f"a process was lost while {doing}: too little memory, or a script of "
                            "yours without `if __name__ == '__main__':`?") from error

@@ -20,8 +20,7 @@ from support.recordings import join, read_episodes
 # The ids of state-based tasks. Which simulators there are, gymnasium says.
 ID = re.compile(r"(cube|scene|puzzle|pointmaze|antmaze|humanoidmaze|antsoccer)(-\w+)?-"
                 r"(play|noisy|navigate|stitch|explore)(-oraclerep|-singletask(-task[1-5])?)?-v0")
-PLAY_EPISODES, PLAY_NOISE = 1000, 0.1  # of published play data: size, noise on the policies' plans
-SHARD = 100  # training episodes in a collected file
+PLAY_NOISE, SHARD = 0.1, 100  # noise on the policies' plans in OGBench's data; episodes in a file
 FLAGS = ("terminals", "timeouts", "truncations", "terminations", "dones")  # any ends a trajectory
 
 
@@ -93,7 +92,7 @@ class OGBench(World):
                 reason = f"the download of {self.dataset} failed ({error})"
                 if not self.scripted:
                     raise MacError(f"{reason}; {advice}") from error
-                episodes = PLAY_EPISODES
+                episodes = 1000  # as many as OGBench has
                 say(f"WARNING: {reason}\nWARNING: using {episodes} episodes collected with "
                     "OGBench's scripted policies instead (--collect N for another number)")
         if episodes:

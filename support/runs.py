@@ -41,8 +41,8 @@ def must_fit(folder):
     except (MacError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # torch raises many kinds
-        raise MacError(f"the checkpoint in {folder} is not one of this program as it is now (or "
-                       f"eval.py needs --with FILE): {error!r:.200}") from error
+        raise MacError(f"the checkpoint in {folder} is not one of this program as it is now; that "
+                       f"of your own policy needs eval.py --with FILE: {error!r:.200}") from error
 
 
 class Logs:
