@@ -79,17 +79,17 @@ def together():
         return
     if RANK:
         sys.stdout = open(os.devnull, "w")
-    # The time limit is for what process 0 does alone: it collects data and evaluates.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-                            timeout=datetime.timedelta(days=1))
+                            timeout=datetime.timedelta(days=1))  # process 0 collects, evaluates
     try:
         yield
     except Exception as error:
-        lost = "gloo" in str(error)
-        if RANK and (lost or isinstance(error, MacError)):
-            sys.exit(getattr(error, "status", 2))
-        raise MacError("another process of this run has ended: --resume goes on from the last "
-                       "checkpoint") if lost else error
+        if "gloo" not in str(error) and not (RANK and isinstance(error, MacError)):
+            raise
+        if not RANK:
+            print("error: another process of this run has ended: --resume goes on from the last "
+                  "checkpoint", file=sys.stderr, flush=True)
+        os._exit(getattr(error, "status", 2))  # else PyTorch's threads may abort this one
     dist.destroy_process_group()
 
 
