@@ -97,7 +97,7 @@ def add_flags(parser, Config):
         elif typing.get_args(field.type):
             rules["choices"] = typing.get_args(field.type)
         elif field.type is tuple:
-            rules.update(type=float, nargs=len(field.default), metavar="X")
+            rules.update(type=float, nargs=len(field.default) or "+", metavar="X")
         else:
             rules.update(type=field.type, metavar="X")
         parser.add_argument(flag(field.name), **rules)
