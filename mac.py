@@ -213,6 +213,9 @@ class ChunkDataset:
                            f"{config.chunk} actions of a chunk: try a smaller --chunk")
         self.offsets = torch.arange(config.chunk, device=device)
         self.tolerance = torch.tensor(config.tolerance, device=device)
+        if len(self.tolerance) not in (0, min(1, len(columns)), len(columns)):
+            raise MacError(f"--tolerance: a number for each of {len(columns)} goal coordinates, or "
+                           "one for all, is needed")
         weights = config.discount ** self.offsets
         self.reward_weights = weights / config.chunk if config.chunk_reward == "mean" else weights
 

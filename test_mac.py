@@ -57,12 +57,12 @@ def hand_made(lengths=LENGTHS, ended=None, **settings):
 
 
 @pytest.mark.parametrize("n", [1, 3, 4, 6])
-@pytest.mark.parametrize("kind", ["mean", "sum"])
-def test_chunks_rewards_and_labels_by_brute_force(n, kind):
+@pytest.mark.parametrize("kind, near", [("mean", ()), ("sum", (2,))])
+def test_chunks_rewards_and_labels_by_brute_force(n, kind, near):
     """Also at the ends of trajectories: where the task ended, chunks are padded."""
     lengths = (*LENGTHS, 6, 2, 5, 2, 4, 7)
     ended = [False] * 4 + [True, True, False, False, True, False]
-    data = hand_made(lengths, ended, chunk=n, chunk_reward=kind)
+    data = hand_made(lengths, ended, chunk=n, chunk_reward=kind, tolerance=near)
     starts, begin = [], 0
     for length, end in zip(lengths, ended):
         last = begin + length - 1
@@ -77,7 +77,9 @@ def test_chunks_rewards_and_labels_by_brute_force(n, kind):
             assert np.isclose(batch.reward[row], total / n if kind == "mean" else total, atol=1e-6)
             assert batch.observation[row] == t and batch.next_observation[row] == t + taken
             assert batch.terminated[row] == (end and t + n >= last)
-            assert batch.success[row] == (t <= batch.value_goal[row] <= min(t + n - 1, last))
+            ahead = batch.value_goal[row] - t
+            assert batch.success[row] == (0 <= ahead <= min(n - 1, last - t) or
+                                          bool(near) and abs(ahead) <= 2)
             assert begin <= batch.actor_goal[row] <= last
         starts += legal
         begin += length
@@ -91,6 +93,8 @@ def test_chunks_rewards_and_labels_by_brute_force(n, kind):
     assert not whole.sample(99, generator()).terminated.any()
     with pytest.raises(MacError, match=f"no trajectory with the {n} actions"):
         hand_made((n, n), chunk=n)
+    with pytest.raises(MacError, match="--tolerance"):
+        hand_made(tolerance=(1, 2))
 
 
 @pytest.mark.parametrize("odds", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1),
@@ -673,6 +677,8 @@ def test_settings_follow_the_environment():
         plain = "triple" in env or "singletask" in env
         assert (small.collect_noise, small.critic, small.execute) == (
             (0.1, "network", 10) if plain else (0.3, "model", 3))
+    scene = mac.settings(env="scene-play-singletask-v0", small=True)
+    assert (scene.critic, scene.discount, scene.policy) == ("model", 0.995, "flow")
     whole = mac.settings(env="cube-double-play-v0", small=True, goal="observation")
     assert (whole.critic, whole.collect) == ("network", 100)
 
@@ -684,7 +690,8 @@ def test_settings_follow_the_environment():
     ("rollout_batch_size", -1), ("save_interval", -1), ("window", -1), ("collect", -1),
     ("collect", 3), ("discount", 1.5), ("discount", 1.0), ("discount", 0), ("warmup", 1),
     ("ema_rate", 1.1), ("seed", -1), ("seed", 2 ** 32), ("value_goals", (math.nan, 0, 0, 0)),
-    ("value_goals", (1, -1, 0, 0)), ("actor_goals", (0, 0, 0, 0)), ("policy", "flw")])
+    ("value_goals", (1, -1, 0, 0)), ("actor_goals", (0, 0, 0, 0)), ("policy", "flw"),
+    ("tolerance", (-1,))])
 def test_a_bad_value_is_an_error_that_names_the_flag(name, bad):
     with pytest.raises(MacError, match=f"^{flag(name)}: "):
         mac.settings(env="antmaze-large-navigate-v0", **{name: bad})  # nobody can collect there
@@ -695,7 +702,7 @@ def test_every_setting_is_a_flag_with_a_help(capsys):
         mac.main(["--help"])
     printed = " ".join(capsys.readouterr().out.partition("options:")[2].split())
     for name in vars(mac.Config()):  # values and defaults follow, which are no help
-        values = r"(, --no-\S+)?( X)*( \{\S+\})? (?!X )\w"
+        values = r"(, --no-\S+)?( X)*( \[X ...\])?( \{\S+\})? (?!X )\w"
         assert re.search(flag(name) + values, printed), name
 
 

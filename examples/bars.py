@@ -1,0 +1,40 @@
+"""Bars of a table like assets/results.csv: success of MAC and of cloning here, and in the paper.
+
+    python examples/bars.py assets/results.csv assets/success.png
+"""
+import csv
+import pathlib
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # where support/ is
+from support import console
+
+
+@console.command
+def main(argv):
+    parser = console.Parser(description="Bars of success.")
+    parser.add_argument("table", type=pathlib.Path, help=".csv: task, then NAME and 'NAME ±' twice "
+                        "or more, in percent; blank where unknown")
+    parser.add_argument("out", help="picture to write, .png")
+    args = parser.parse_args(argv)
+    console.optional("matplotlib", "a picture")
+    from matplotlib.figure import Figure
+    with args.table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [name for name in rows[0] if name + " ±" in rows[0]]
+    panel = Figure((9, 0.6 * len(rows) + 1), layout="tight").subplots()
+    for i, name in enumerate(names):
+        bars = [(place + 0.8 * (i + 0.5) / len(names) - 0.4, float(row[name]),
+                 float(row[name + " ±"] or 0)) for place, row in enumerate(rows) if row[name]]
+        at, success, error = zip(*bars)
+        panel.barh(at, success, 0.8 / len(names), xerr=error, label=name)
+    panel.set(xlabel="success, percent", yticks=range(len(rows)), xlim=(0, 100),
+              yticklabels=[row["task"] for row in rows])
+    panel.invert_yaxis()
+    panel.legend()
+    panel.figure.savefig(args.out, dpi=120)
+    console.say(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
