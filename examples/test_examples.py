@@ -19,6 +19,7 @@ from support import worlds
 from support.data import Trajectories
 from support.test_common import COUNTING, NET, SINGLE, CountingEnv, failing, generator, read_csv
 
+import bars
 import export
 import imagine
 import model_error
@@ -233,6 +234,15 @@ def test_reach_and_model_error_of_runs(run, recorded_run, tmp_path, capsys, monk
         assert [row["steps"] for row in read_csv(folder / "model_error.csv")] == ["0", "3", "6"]
         rows = read_csv(folder / "reach.csv")
         assert rows and all(np.isfinite(float(row[x])) for row in rows for x in ("V", "Q", *names))
+
+
+@pytest.mark.skipif(not PLOT, reason="needs matplotlib")
+def test_bars_are_as_long_as_the_numbers(tmp_path):
+    (tmp_path / "table.csv").write_text("task,A,A ±,B,B ±\nx,80,0,40,\ny,,,40,0\n")
+    assert bars.main([str(tmp_path / "table.csv"), str(tmp_path / "x.png")]) == 0
+    image = imageio.v3.imread(tmp_path / "x.png")[..., :3]
+    a, b = ((image == color).all(-1).sum() for color in ((31, 119, 180), (255, 127, 14)))
+    assert abs(a / b - 80 / (40 + 40)) < 0.05 and a > 1000
 
 
 def test_a_film_has_what_is_simulated_beside_what_is_imagined(run, tmp_path, capsys):
