@@ -87,8 +87,8 @@ class Config:
     value_goals: tuple = (0.2, 0.0, 0.5, 0.3)  # odds that a value goal is the current / a geometric
                                                # future / a uniform future / a random state
     actor_goals: tuple = (0.0, 1.0, 0.0, 0.0)  # the same for the goals of the cloned policy
-    tolerance: tuple = ()  # raw goal coordinates that may differ by so much (one number, or one
-                           # each) are equal, too; without it only the goal's index counts
+    tolerance: tuple = ()  # a state this near the goal is a success, too: one number, or one for
+                           # each raw goal coordinate; by default only the goal's index counts
     # networks and optimisation
     width: int = 512  # hidden units in each of the 4 layers; goal-conditioned 1024
     batch_size: int = 256  # chunks per gradient step; goal-conditioned 1024
@@ -139,8 +139,8 @@ SMALL_SIZES = {"cube-single": {"collect": 200, "steps": 15_000},  # ids that beg
                                "eval_episodes": 10},
                "puzzle-3x3": {"collect": 300, "steps": 25_000},
                "scene": {"collect": 150, "steps": 20_000}}
-# By reward, to shut a drawer it is first unlocked, which costs reward for 100 steps: a discount of
-# 0.99 would rather do nothing.
+# By reward. A locked drawer must be unlocked before it is shut, which costs reward for 100 steps.
+# With a discount of 0.99 that costs more than it gains, so V would rather do nothing.
 SMALL_BY_REWARD = {"scene": {"collect": 300, "collect_noise": 0.3, "critic": "model",
                              "discount": 0.995, "horizon": 10, "steps": 24_000}}
 

@@ -702,7 +702,7 @@ def test_every_setting_is_a_flag_with_a_help(capsys):
         mac.main(["--help"])
     printed = " ".join(capsys.readouterr().out.partition("options:")[2].split())
     for name in vars(mac.Config()):  # values and defaults follow, which are no help
-        values = r"(, --no-\S+)?( X)*( \[X ...\])?( \{\S+\})? (?!X )\w"
+        values = r"(, --no-\S+)?( X)*( \[X \.\.\.\])?( \{\S+\})? (?!X )\w"
         assert re.search(flag(name) + values, printed), name
 
 
