@@ -5,6 +5,7 @@
     python eval.py exp/<run> --video out.gif        # watch an episode of each task
     python eval.py exp/<run> --plot                 # learning curve, from the CSV files alone
 """
+import contextlib
 import csv
 import io
 import itertools
@@ -32,7 +33,7 @@ def evaluate(run, args):
     agent = mac.load(run)
     agent.to(devices.set_up_device(args.device))
     config, world = agent.config, find_world(agent.config.env, agent.config.goal, agent.config.data)
-    world.pixels = args.video_size if args.video else world.pixels
+    world.pixels = 400 if args.video else world.pixels
     if not world.tasks:
         raise MacError(f"{run}: there is no simulator to play in")
     if world.box != agent.facts["box"]:
@@ -94,17 +95,27 @@ def render(env):
     return image
 
 
-def plot_curves(path, run_folders):
-    """Draw success (eval.csv) and losses (train.csv) over gradient steps. Raises MacError."""
-    console.optional("matplotlib", "--plot")
+@contextlib.contextmanager
+def picture(path, width=9, height=3.2, panels=2):
+    """Give panels to draw on, side by side; then write them to `path`, .png. Raises MacError."""
+    console.optional("matplotlib", "a picture")
     from matplotlib.figure import Figure
+    figure, buffer = Figure((width, height), layout="tight"), io.BytesIO()
+    try:
+        yield figure.subplots(1, panels)
+    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+        raise MacError(f"nothing to plot: a table is missing or damaged ({error!r})") from error
+    for panel in figure.axes:
+        panel.legend(fontsize=7)
+    figure.savefig(buffer, dpi=120, format="png")
+    files.write(path, buffer.getbuffer())
+    say(f"wrote {path}")
 
-    figure = Figure((9, 3.2), layout="tight")
-    success, losses = figure.subplots(1, 2)
+
+def plot_curves(success, losses, run_folders):
+    """Draw success (eval.csv) and losses (train.csv) over gradient steps."""
     for run, style in zip(run_folders, itertools.cycle(("-", "--", ":", "-."))):
         rows = read_csv(run / "train.csv")
-        if not rows or "step" not in rows[0]:
-            raise MacError(f"{run / 'train.csv'} is not there or has no rows: nothing to plot")
         names = [name for name in rows[0] if name != "step" and "_" not in name]
         for color, name in enumerate(names):
             kept = [row for row in rows if row.get(name)]  # blank in the warmup
@@ -119,12 +130,6 @@ def plot_curves(path, run_folders):
         success.fill_between(steps, mean - error, mean + error, alpha=0.2)
         success.set(xlabel="gradient steps", ylabel=keys[0])
     losses.set(xlabel="gradient steps", ylabel="loss", yscale="log")
-    for panel in (success, losses):
-        panel.legend(fontsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
-    files.write(path, buffer.getbuffer())
-    say(f"wrote {path}")
 
 
 def read_csv(path):
@@ -144,16 +149,13 @@ def parse(argv):
     add("--seed", type=int, default=0, help="of episodes (default: 0)")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where the agent runs")
     add("--video", metavar="OUT.gif", help="film the first episode of each task")
-    add("--video-size", type=int, default=400, metavar="PIXELS",
-        help="side of an OGBench film (default: 400)")
     add("--json", metavar="OUT.json", help="write the numbers of one run")
     add("--plot", nargs="?", const="", metavar="OUT.png", help="instead of playing, draw the "
         "learning curve (default: into the first run folder)")
     add("--with", dest="program", metavar="FILE", help="first import this file, which defines the "
         "run's policy or world (examples/ablations.py)")
     args = parser.parse_args(argv)
-    for name, low in (("episodes", 1), ("execute", 1), ("candidates", 1), ("seed", 0),
-                      ("video_size", 16)):
+    for name, low in (("episodes", 1), ("execute", 1), ("candidates", 1), ("seed", 0)):
         value = getattr(args, name)
         if value is not None and not low <= value < 2 ** 32:
             raise MacError(f"{console.flag(name)}: {value} is not at least {low}")
@@ -177,13 +179,8 @@ def main(argv):
     if args.program:
         runpy.run_path(args.program)
     if args.plot is not None:
-        try:
-            plot_curves(args.plot or args.runs[0] / "curve.png", args.runs)
-        except MacError:
-            raise
-        except (ValueError, KeyError, TypeError) as error:
-            raise MacError(f"a CSV file of the run is damaged: {error!r}") from error
-        return
+        with picture(args.plot or args.runs[0] / "curve.png") as panels:
+            return plot_curves(*panels, args.runs)
     for run in args.runs:
         report = evaluate(run, args)
     if args.json:

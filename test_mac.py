@@ -2,8 +2,6 @@
 run of both command lines. `pytest test_mac.py` needs no simulator, no data and no GPU."""
 import json
 import math
-import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -11,27 +9,17 @@ import sys
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import eval as evaluation
 import mac
-from support import devices, worlds
+from support import devices
 from support.console import MacError, flag
 from support.data import Trajectories
-from support.episodes import World
-
-HERE = pathlib.Path(__file__).parent
-# Bits depend on the number of threads, and nets this small are not faster with two.
-torch.set_num_threads(1)
-os.environ["OMP_NUM_THREADS"] = "1"
+from support.test_common import COUNTING, HERE, Counting, generator
 
 
 def config(**settings):
     return mac.Config(**{"width": 16, "chunk": 3, "horizon": 4, "discount": 0.9, **settings})
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def between(values):
@@ -93,8 +81,6 @@ def test_chunks_rewards_and_labels_by_brute_force(n, kind, near):
     assert not whole.sample(99, generator()).terminated.any()
     with pytest.raises(MacError, match=f"no trajectory with the {n} actions"):
         hand_made((n, n), chunk=n)
-    with pytest.raises(MacError, match="--tolerance"):
-        hand_made(tolerance=(1, 2))
 
 
 @pytest.mark.parametrize("odds", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1),
@@ -147,14 +133,6 @@ def test_nothing_is_kept_per_row_and_data_stay_on_the_host_if_a_gpu_has_no_room(
 
 
 # ------------------------------------------------------------------------------ networks, policies
-
-def test_gelu_is_the_same_function_with_and_without_gradients():
-    x = torch.cat([torch.linspace(-8, 8, 2001), torch.tensor([-1e20, -50, 0, 50, 1e20])])
-    with torch.no_grad():
-        quick = mac.GELU()(x)
-    assert torch.allclose(quick, F.gelu(x, approximate="tanh"), atol=1e-6)
-    assert torch.equal(mac.GELU()(x), F.gelu(x, approximate="tanh"))
-
 
 def test_mlp_against_numpy():
     net = mac.MLP(5, 2, 8)
@@ -211,19 +189,17 @@ def test_flow_matching_target_and_path(padded):
     assert t.shape == (6, 1) and 0 <= t.min() and t.max() <= 1
 
 
-@pytest.mark.parametrize("kind, steps", [("flow", 500), ("centered", 300)])
-def test_a_flow_keeps_two_modes(kind, steps):
+def test_a_flow_keeps_two_modes():
     torch.manual_seed(0)
-    policy = mac.POLICIES[kind](1, 0, 1, config(width=32, flow_steps=10, eval_flow=True))
+    policy = mac.FlowPolicy(1, 0, 1, config(width=32))
     optimizer = torch.optim.Adam(policy.parameters(), 3e-3, fused=True)
     noise = generator()
-    for _ in range(steps):
+    for _ in range(500):
         sign = torch.randint(0, 2, (256, 1), generator=noise) * 2.0 - 1
         chunk = 0.6 * sign + 0.05 * torch.randn(256, 1, generator=noise)
         optimizer.zero_grad()
         sum(policy.loss(toy_batch(chunk, sizes=(1, 0)), noise).values()).backward()
         optimizer.step()
-    policy.train(kind != "centered")  # whose distillation takes longer: there the flow itself
     with torch.no_grad():
         sample = policy.propose(torch.zeros(4000, 1), torch.zeros(4000, 0), noise)
     near = [(abs(sample - mode) < 0.2).float().mean() for mode in (-0.6, 0.6)]
@@ -247,25 +223,6 @@ def test_distillation_fits_the_clipped_teacher_and_gives_it_no_gradient(padded):
     assert all(p.grad is not None for p in policy.one_step.parameters())
 
 
-def test_centered_flows_start_around_a_regression_that_they_do_not_move():
-    policy = mac.CenteredPolicy(2, 1, 4, config())
-    batch = toy_batch(torch.rand(6, 4) * 2 - 1, padded=True)
-    s, g = batch.observation, batch.actor_goal
-    center, z = policy.center(s, g), torch.randn(6, 4, generator=generator(3))
-    assert torch.equal(policy.noise(s, generator(3)), z)
-    x_0 = policy.x_0(s, g, z)
-    assert torch.allclose(x_0, center + 0.3 * z)
-    one_step = policy.one_step(s, g, x_0).clamp(-1, 1)
-    assert torch.equal(policy.propose(s, g, generator(3)), one_step)
-    loss = policy.loss(batch, generator(4))
-    error = ((center - batch.chunk) ** 2)[batch.valid == 1].sum() / 24
-    assert torch.isclose(loss["center"], error) and set(loss) == {"center", "flow", "distill"}
-    (loss["flow"] + loss["distill"]).backward()
-    assert all(p.grad is None for p in policy.center.parameters())
-    assert all(p.grad is not None for net in (policy.velocity, policy.one_step)
-               for p in net.parameters())
-
-
 # ------------------------------------------------------------------------------ the agent
 
 def make_agent(goal=2, terminations=False, **settings):
@@ -287,6 +244,16 @@ def make_uncertain(agent, *inputs):
     """Shift the last logit of the outcome so that it is positive for some of the inputs only."""
     with torch.no_grad():
         agent.outcome.output.bias[-1] -= between(agent.outcome(*inputs)[..., -1])
+
+
+@pytest.mark.parametrize("near", [(0.5,), (0.5, 2.0)])
+def test_a_tolerance_is_of_all_coordinates_or_of_one_each(near):
+    batch, exact = (chunk_data(value_goals=(0, 0, 0, 1), tolerance=tolerance).sample(
+        999, generator()) for tolerance in (near, ()))
+    off = (batch.observation[:, :2] - batch.value_goal).abs()
+    met = (off[:, 0] <= near[0]) & (off[:, 1] <= near[-1])
+    assert torch.equal(batch.success, (met | (exact.success == 1)).float())
+    assert exact.success.sum() < batch.success.sum() < 300
 
 
 @torch.no_grad()
@@ -477,16 +444,15 @@ def test_rollout_batch_size_limits_the_rollouts_only():
     assert [name for name in losses if losses[name] != others[name]] == ["value", "critic"]
 
 
-@pytest.mark.parametrize("policy", ["flow", "centered"])
 @pytest.mark.parametrize("chunk", [1, 5])
 @pytest.mark.parametrize("model_only", [False, True])
-def test_an_update_trains_all_and_a_warmup_models_and_policy_alone(policy, chunk, model_only):
-    agent = make_agent(policy=policy, chunk=chunk)
+def test_an_update_trains_all_and_a_warmup_models_and_policy_alone(chunk, model_only):
+    agent = make_agent(chunk=chunk)
     batch = chunk_data(chunk=chunk).sample(8, generator())
     before = {name: p.clone() for name, p in agent.named_parameters()}
     losses = mac.update(agent, mac.make_optimizer(agent), batch, generator(), model_only)
     assert all(value.isfinite() for value in losses.values())
-    assert not model_only or set(losses) - {"center"} == {"flow", "distill", "dynamics", "success"}
+    assert not model_only or set(losses) == {"flow", "distill", "dynamics", "success"}
     trained = {"policy", "dynamics", "outcome"} | (set() if model_only else {"critic", "value"})
     for name, p in agent.named_parameters():  # the target was V's copy, and follows V as it was
         assert (p != before[name]).any() == (name.split(".")[0] in trained), name
@@ -582,7 +548,7 @@ def test_an_update_gives_the_published_codes_numbers(case, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("goal, host, settings", [
     (0, False, {}), (2, False, {}), (0, True, {}), (2, True, {}),
-    (2, False, {"policy": "centered", "critic": "model"})])
+    (2, False, {"critic": "model"})])
 def test_cuda_graph_agrees_with_eager_updates(goal, host, settings):
     """Through a warmup and after it, with a changing learning rate and validation in between."""
     device, results, columns = torch.device("cuda"), [], list(range(goal))
@@ -671,16 +637,15 @@ def test_settings_follow_the_environment():
     small = mac.settings(**given)
     assert (small.eval_flow, small.decay, small.eval_episodes, small.execute) == (False, True, 3, 5)
     assert not resume and not updates
-    for env in ("cube-double-play", "cube-double-play-oraclerep", "cube-single-play", "scene-play",
-                "puzzle-3x3-play", "cube-triple-play", "cube-double-play-singletask"):
-        small = mac.settings(env=f"{env}-v0", small=True)
-        plain = "triple" in env or "singletask" in env
-        assert (small.collect_noise, small.critic, small.execute) == (
-            (0.1, "network", 10) if plain else (0.3, "model", 3))
-    scene = mac.settings(env="scene-play-singletask-v0", small=True)
-    assert (scene.critic, scene.discount, scene.policy) == ("model", 0.995, "flow")
-    whole = mac.settings(env="cube-double-play-v0", small=True, goal="observation")
-    assert (whole.critic, whole.collect) == ("network", 100)
+    for env, goal, episodes, tolerances, discount in (
+            ("cube-double-play", "task", 1000, 1, 0.99), ("cube-triple-play", "task", 100, 0, 0.99),
+            ("cube-double-play-oraclerep", "task", 1000, 1, 0.99),
+            ("cube-double-play", "observation", 100, 0, 0.99),
+            ("scene-play", "task", 500, 7, 0.995), ("scene-play-singletask", "task", 300, 0, 0.995),
+            ("cube-double-play-singletask-task3", "task", 100, 0, 0.99)):
+        small = mac.settings(env=f"{env}-v0", small=True, goal=goal)
+        assert [small.collect, len(small.tolerance), small.discount] == [
+            episodes, tolerances, discount]
 
 
 @pytest.mark.parametrize("name, bad", [
@@ -706,36 +671,6 @@ def test_every_setting_is_a_flag_with_a_help(capsys):
         assert re.search(flag(name) + values, printed), name
 
 
-class Counting(World):
-    """A world that is its own simulator and starts at once. It observes how many steps the episode
-    has had. Task 2 succeeds at the third, every episode ends with the seventh."""
-
-    knows, tasks, sizes, columns = "counting-to-seven".__eq__, [1, 2], (1, 1), [0]
-
-    def make(self):
-        return Counting(self.env_id)
-
-    def reset(self, env, task, seed):
-        env.task, env.steps = task, 0
-        return np.zeros(1), np.full(1, task)
-
-    def step(self, action):
-        self.steps += 1
-        success = self.task == 2 and self.steps == 3
-        return np.full(1, self.steps), -0.5, False, self.steps == 7, {"success": success}
-
-    def find(self, config):
-        return "counted", "counting"
-
-    def data(self, name, config):
-        states = np.tile(np.arange(8, dtype=np.float32), 5)[:, None]
-        return 2 * [Trajectories(states, np.ones((40, 1), np.float32) / 2, np.arange(7, 40, 8),
-                                 np.zeros(40, np.float32), np.zeros(5, bool))]
-
-
-worlds.WORLDS.append(Counting)
-
-
 def test_both_command_lines_and_an_agent_for_other_programs(tmp_path, capsys, monkeypatch):
     run, report, seen, update = tmp_path / "run", tmp_path / "report.json", [], mac.update
 
@@ -744,17 +679,15 @@ def test_both_command_lines_and_an_agent_for_other_programs(tmp_path, capsys, mo
         return update(agent, optimizer, batch, generator, model_only)
 
     monkeypatch.setattr(mac, "update", spy)
-    assert mac.main(["--env", "counting-to-seven", "--width", "16", "--batch-size", "8",
-                     "--chunk", "3", "--device", "cpu", "--steps", "12", "--warmup", "0.5",
-                     "--decay", "--learning-rate", "0.001", "--log-interval", "6",
-                     "--eval-interval", "12", "--eval-episodes", "1", "--save-dir", str(run)]) == 0
+    given = "--steps 12 --warmup 0.5 --decay --learning-rate 1e-3 --log-interval 6".split()
+    assert mac.main([*COUNTING, *given, "--eval-interval", "12", "--save-dir", str(run)]) == 0
     assert seen == [(1, True)] * 6 + [  # then the learning rate falls
         (round((12 - step) / (12 - 6), 4), False) for step in range(6, 12)]
     assert "step 12: success 50%" in capsys.readouterr().out
     warmup, joint = evaluation.read_csv(run / "train.csv")
     assert (warmup["step"], warmup["critic"], joint["step"]) == ("6", "", "12")
     assert all(np.isfinite(float(value)) for value in joint.values())
-    assert json.loads((run / "config.json").read_text())["env"] == "counting-to-seven"
+    assert json.loads((run / "config.json").read_text())["env"] == "counting"
     assert evaluation.main([str(run), "--episodes", "1", "--execute", "9", "--candidates", "2",
                             "--device", "cpu", "--json", str(report)]) == 0
     result = json.loads(report.read_text())
@@ -771,8 +704,8 @@ def test_both_command_lines_and_an_agent_for_other_programs(tmp_path, capsys, mo
 def test_flops_per_update_against_a_hand_count(capsys, monkeypatch):
     for name, value in (("sizes", (28, 5)), ("columns", [])):  # as in cube-single
         monkeypatch.setattr(Counting, name, value)
-    assert mac.main(["--env", "counting-to-seven", "--width", "32", "--batch-size", "16",
-                     "--device", "cpu", "--benchmark", "2"]) == 0
+    given = "--width 32 --batch-size 16 --chunk 10 --benchmark 2"
+    assert mac.main([*COUNTING, *given.split()]) == 0
     report = json.loads(capsys.readouterr().out)
     o, D, W, B, N, H, S = 28, 50, 32, 16, 8, 10, 10
 

@@ -2,11 +2,11 @@
 
     python examples/bars.py assets/results.csv assets/success.png
 """
-import csv
 import pathlib
 import sys
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # where support/ is
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # where eval.py is
+from eval import picture, read_csv
 from support import console
 
 
@@ -17,23 +17,18 @@ def main(argv):
                         "or more, in percent; blank where unknown")
     parser.add_argument("out", help="picture to write, .png")
     args = parser.parse_args(argv)
-    console.optional("matplotlib", "a picture")
-    from matplotlib.figure import Figure
-    with args.table.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    names = [name for name in rows[0] if name + " ±" in rows[0]]
-    panel = Figure((9, 0.6 * len(rows) + 1), layout="tight").subplots()
-    for i, name in enumerate(names):
-        bars = [(place + 0.8 * (i + 0.5) / len(names) - 0.4, float(row[name]),
-                 float(row[name + " ±"] or 0)) for place, row in enumerate(rows) if row[name]]
-        at, success, error = zip(*bars)
-        panel.barh(at, success, 0.8 / len(names), xerr=error, label=name)
-    panel.set(xlabel="success, percent", yticks=range(len(rows)), xlim=(0, 100),
-              yticklabels=[row["task"] for row in rows])
-    panel.invert_yaxis()
-    panel.legend()
-    panel.figure.savefig(args.out, dpi=120)
-    console.say(f"wrote {args.out}")
+    rows = read_csv(args.table)
+    with picture(args.out, height=0.6 * len(rows) + 1, panels=1) as panel:
+        names = [name for name in rows[0] if name + " ±" in rows[0]]
+        thick = 0.8 / len(names)
+        for i, name in enumerate(names):
+            bars = [(place + thick * (i + 0.5) - 0.4, float(row[name]),
+                     float(row[name + " ±"] or 0)) for place, row in enumerate(rows) if row[name]]
+            at, success, error = zip(*bars)
+            panel.barh(at, success, thick, xerr=error, label=name)
+        panel.set(xlabel="success, percent", yticks=range(len(rows)), xlim=(0, 100),
+                  yticklabels=[row["task"] for row in rows])
+        panel.invert_yaxis()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # where mac.py is
 import mac
+from eval import picture
 from support import console, files, worlds
 
 
@@ -55,15 +56,10 @@ def main(argv):
         curves[label] = curve[1:]
         console.say(label + "".join(f", {steps} steps {error:.4g}" for steps, error in curve[1:]))
     if args.plot:
-        console.optional("matplotlib", "--plot")
-        from matplotlib.figure import Figure
-        panel = Figure((5, 3.2), layout="tight").subplots()
-        for label, curve in curves.items():
-            panel.plot(*zip(*curve), ".-", label=label)
-        panel.set(xlabel="environment steps", ylabel="mean squared error", yscale="log")
-        panel.legend(fontsize=7)
-        panel.figure.savefig(args.plot, format="png", dpi=120)
-        console.say(f"wrote {args.plot}")
+        with picture(args.plot, 5, panels=1) as panel:
+            for label, curve in curves.items():
+                panel.plot(*zip(*curve), ".-", label=label)
+            panel.set(xlabel="environment steps", ylabel="mean squared error", yscale="log")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import torch
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # where mac.py is
 import mac
+from eval import picture
 from support import console, files, worlds
 
 
@@ -82,18 +83,14 @@ def main(argv):
         lines[f"task{task} begins"] = value.mean().item()
     console.say("V: " + ", ".join(f"{name} {value:.2f}" for name, value in lines.items()))
     if args.plot:
-        console.optional("matplotlib", "--plot")
-        from matplotlib.figure import Figure
-        figure, (steps, *columns) = Figure((9, 3.2), layout="tight"), zip(*rows)
-        panels = figure.subplots(1, 2)
-        for name, column in zip(names[1:], columns):
-            panels[int(name in names[3:5])].plot(steps, column, ".-", label=name)
-        for color, (name, value) in enumerate(lines.items(), 3):
-            panels[0].axhline(value, color=f"C{color}", linestyle=":", label=name)
-        for panel in panels:
-            panel.legend(title="environment steps before", fontsize=7)
-        figure.savefig(args.plot, format="png", dpi=120)
-        console.say(f"wrote {args.plot}")
+        steps, *columns = zip(*rows)
+        with picture(args.plot) as panels:
+            for name, column in zip(names[1:], columns):
+                panels[int(name in names[3:5])].plot(steps, column, ".-", label=name)
+            for color, (name, value) in enumerate(lines.items(), 3):
+                panels[0].axhline(value, color=f"C{color}", linestyle=":", label=name)
+            for panel in panels:
+                panel.set(xlabel="environment steps before")
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def test_fql_gradient_reaches_the_one_step_policy_only(weight, settings):
 
 @pytest.mark.parametrize("given, loss, candidates", [
     ("onestep --chunk 5", "flow", 32), ("gaussian --chunk 1", "likelihood", 32),
-    ("fql", "actor", 1), ("flow --eval-flow", "flow", 32), ("centered --critic model", "flow", 32)])
+    ("fql", "actor", 1), ("flow --eval-flow", "flow", 32), ("flow --critic model", "flow", 32)])
 def test_a_policy_from_training_to_export(given, loss, candidates, tmp_path, capsys, monkeypatch):
     run = *COUNTING, *SHORT, "--save-dir", str(tmp_path), "--policy"
     assert mac.main([*run, *given.split()]) == 0
@@ -245,6 +245,15 @@ def test_bars_are_as_long_as_the_numbers(tmp_path):
     assert abs(a / b - 80 / (40 + 40)) < 0.05 and a > 1000
 
 
+@pytest.mark.skipif(not PLOT, reason="needs matplotlib")
+@pytest.mark.parametrize("table", ["", "task,A,A ±\n", "task,A\nx,1\n", "task,A,A ±\nx,y,z\n"])
+def test_a_table_without_numbers_draws_no_bars(table, tmp_path, capsys):
+    (tmp_path / "table.csv").write_text(table)
+    files = str(tmp_path / "table.csv"), str(tmp_path / "x.png")
+    assert "nothing to plot" in failing(capsys, *files, main=bars.main)
+    assert not (tmp_path / "x.png").exists()
+
+
 def test_a_film_has_what_is_simulated_beside_what_is_imagined(run, tmp_path, capsys):
     world, agent = worlds.find_world("counting"), mac.load(run)
     states, env = np.linspace(-1, 8, 50, dtype=np.float32)[:, None], CountingEnv()
@@ -272,15 +281,19 @@ def test_recorded_episodes_are_whole_and_not_overwritten(recorded_run, capsys):
     assert "must be a new .npz file" in failing(capsys, path, main=record.main)
 
 
-def test_a_world_of_ones_own_from_training_to_evaluation(tmp_path, capsys):
+def test_a_world_and_an_outcome_from_training_to_evaluation(tmp_path, capsys):
     run, program = str(tmp_path / "run"), str(HERE / "world.py")
-    command = "--env line --policy smooth --width 32 --chunk 5 --steps 4 --batch-size 8 --save-dir"
+    command = "--env line --width 32 --chunk 5 --steps 4 --batch-size 8 --save-dir"
     done = subprocess.run([sys.executable, program, *command.split(), run, "--eval-interval", "0"],
                           capture_output=True, text=True)
     assert done.returncode == 0 and "random walks" in done.stdout, done.stderr
     assert "--with FILE" in failing(capsys, run, main=evaluation.main)
     assert evaluation.main([run, "--with", program, "--episodes", "3"]) == 0
-    world = worlds.find_world("line")
+    world, agent = worlds.find_world("line"), mac.load(run)
     for states, actions, *_ in world.data("", None):  # which the simulator repeats
         world.reset(world.env, 1, 0)
         assert np.allclose([world.env.step(a)[0] for a in actions[:49]], states[1:50], atol=1e-5)
+    batch = mac.ChunkDataset(world.data("", None)[0], [0], agent.config).sample(99, generator())
+    agent.outcome.loss = lambda batch: {"success": batch.success}
+    near = (batch.next_observation - batch.value_goal).abs()[:, 0] < 0.05
+    assert torch.equal(agent.model_losses(batch)["success"], near.float()) and near.any()

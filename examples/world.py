@@ -1,6 +1,6 @@
-"""A policy, an outcome and a world of your own: a point on a line that is to go to a place.
+"""A world and an outcome of your own: a point on a line that is to go to a place.
 
-    python examples/world.py --env line --policy smooth --small --width 64 --chunk 5 --steps 1500
+    python examples/world.py --env line --small --width 64 --chunk 5 --steps 1500
     python eval.py exp/line-seed0 --with examples/world.py
 """
 import pathlib
@@ -15,17 +15,9 @@ from support.data import Trajectories
 from support.episodes import World
 
 
-class Smooth(mac.FlowPolicy):
-    """The flow policy, each number of its chunk averaged with the one before."""
-
-    def decode(self, observation, goal, z):
-        chunk = super().decode(observation, goal, z)  # (..., D)
-        return (chunk + chunk.roll(1, -1)) / 2
-
-
-class SmoothAgent(mac.Agent):
-    """The agent of --policy smooth: success is to end near the goal. (By default it is to pass the
-    very state of the data that was drawn as the goal.)"""
+class NearAgent(mac.Agent):
+    """Success is to end near the goal. (By default it is to pass the very state of the data that
+    was drawn as the goal.)"""
 
     def model_losses(self, batch):
         near = (batch.next_observation - batch.value_goal).abs()[:, 0] < 0.05
@@ -68,7 +60,7 @@ class Line(World):
                              rewards, np.zeros(100, bool)) for i in range(2)]
 
 
-mac.POLICIES["smooth"], mac.AGENTS["smooth"] = Smooth, SmoothAgent
+mac.AGENTS["flow"] = NearAgent  # by policy
 worlds.WORLDS.append(Line)
 
 if __name__ == "__main__":

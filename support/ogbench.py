@@ -148,16 +148,16 @@ def download(name, folder):
 
 def collect(path, simulator, episodes, noise=PLAY_NOISE):
     """Collect training episodes, and a tenth as many for validation: the shards `path` lacks."""
-    if path.exists():
-        return
+    targets = {}  # file: seeds of its episodes
+    for begin in range(0, episodes, SHARD):
+        end = min(begin + SHARD, episodes)
+        stem = f"{path.stem}-{begin // SHARD:03}"
+        targets[path.with_stem(f"{stem}-val")] = [
+            (0, 0, e) for e in range(begin // 10, max(end, begin + 10) // 10)]
+        targets[path.with_stem(stem)] = [(0, 1, e) for e in range(begin, end)]
+    if path.exists() or all(file.exists() for file in targets):
+        return  # without waiting for a process that collects other data here
     with lock(path.parent, wait=True):  # a second process would collect the same
-        targets = {}  # file: seeds of its episodes
-        for begin in range(0, episodes, SHARD):
-            end = min(begin + SHARD, episodes)
-            stem = f"{path.stem}-{begin // SHARD:03}"
-            targets[path.with_stem(f"{stem}-val")] = [
-                (0, 0, e) for e in range(begin // 10, max(end, begin + 10) // 10)]
-            targets[path.with_stem(stem)] = [(0, 1, e) for e in range(begin, end)]
         targets = {file: seeds for file, seeds in targets.items() if not file.exists()}
         seeds = sum(targets.values(), [])
         collected = in_processes(functools.partial(collect_episode, simulator, noise), seeds,
