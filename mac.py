@@ -16,16 +16,17 @@ The algorithm, and the function of each step (equation numbers are the paper's):
 
 Shapes: B batch, N candidates, H rollout length in chunks, n chunk length, O observation,
 A action, G goal (0 where a reward fixes the task), D = n A the flattened chunk; T dataset states,
-K trajectories. Networks see states scaled to [-1, 1]; batches and `act` take them raw.
+K trajectories. Networks see states scaled to [-1, 1]; batches and arguments of `act` are raw.
 
 Where this file follows the authors' published code rather than the paper's text:
-    - the noised chunk is (1-u) z + u a: Eq. 7 has the two swapped, its own text does not;
+    - the noised chunk is (1-u) z + u a: Eq. 7 swaps z and a, the text below it does not;
     - the dynamics network predicts the change of state;
     - in reward-based tasks a chunk's reward is the *mean* of its n discounted rewards, not the
       sum: V and Q are 1/n of the paper's, the arg max is the same (`--chunk-reward sum`);
     - losses are means over coordinates, where the paper writes sums;
-    - a chunk succeeds if the goal's index lies in it, learned by cross-entropy; the teacher of
-      the distillation is clamped to [-1, 1]; target V moves towards V as it was before the step;
+    - a chunk succeeds if the goal is one of the n states in which it acts; the success model is
+      trained by cross-entropy; the teacher of the distillation is clamped to [-1, 1]; target V
+      moves towards V as it was before the step;
     - at test time only the first action of a chunk is executed (`--execute`).
 Where it differs from that code: README.md, "Where it differs".
 """
@@ -52,7 +53,7 @@ from support.worlds import find_world
 
 # -------------------------------------------------------------------------------- settings
 
-LARGEST = 2 ** 32 - 1  # upper bound of every setting; the lower one is 0, or stands here
+LARGEST = 2 ** 32 - 1  # a setting is from 0 to this, if it has no other bounds here
 BOUNDS = {"discount": (0.001, 0.999999), "warmup": (0, 0.99), "ema_rate": (0, 1), **dict.fromkeys(
     ("steps", "chunk", "horizon", "candidates", "eval_candidates", "execute", "flow_steps", "width",
      "batch_size", "eval_episodes"), (1, LARGEST))}
@@ -78,8 +79,8 @@ class Config:
     flow_steps: int = 10  # F: Euler steps of the flow policy
     eval_flow: bool = False  # at test time propose by the flow itself, not by its distillation
     policy: str = "flow"  # behaviour policy; examples/ablations.py has others
-    critic: Literal["network", "model"] = "network"  # a Q network, or (model, not in the paper) Q
-                                                     # is Eq. 11's target, from the models
+    critic: Literal["network", "model"] = "network"  # Q: a network, or (not in the paper) Eq. 11's
+                                                     # right side, computed with the models
     discount: float = 0.999  # gamma per environment step
     chunk_reward: Literal["mean", "sum"] = "mean"  # of a chunk's n discounted rewards
     terminations: bool = True  # learn where the task ends, if the data have such ends
@@ -87,8 +88,8 @@ class Config:
     value_goals: tuple = (0.2, 0.0, 0.5, 0.3)  # odds that a value goal is the current / a geometric
                                                # future / a uniform future / a random state
     actor_goals: tuple = (0.0, 1.0, 0.0, 0.0)  # the same for the goals of the cloned policy
-    tolerance: tuple = ()  # a state this near the goal is a success, too: one number, or one for
-                           # each raw goal coordinate; by default only the goal's index counts
+    tolerance: tuple = ()  # a chunk that begins so near the goal is a success, too: one number, or
+                           # one for each raw goal coordinate
     # networks and optimisation
     width: int = 512  # hidden units in each of the 4 layers; goal-conditioned 1024
     batch_size: int = 256  # chunks per gradient step; goal-conditioned 1024
@@ -106,8 +107,8 @@ class Config:
     save_dir: str = ""  # run folder; default exp/<env>-seed<seed>
     tensorboard: bool = False  # write the numbers of the .csv files for TensorBoard too
     log_interval: int = 1000  # steps between rows of train.csv; 0: never
-    eval_interval: int = 100_000  # steps between evaluations; 0: none at all
-    save_interval: int = 10_000  # steps between checkpoints; 0: only first and last
+    eval_interval: int = 100_000  # steps between evaluations after the warmup; 0: none at all
+    save_interval: int = 10_000  # steps between checkpoints; evaluations and ends save, too
     eval_episodes: int = 15  # episodes per task in an evaluation
 
     def __post_init__(self):
@@ -129,9 +130,9 @@ SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5
          "execute": 10, "log_interval": 250, "eval_interval": 2000, "eval_episodes": 20,
          "save_interval": 2000}
 # In play data the gripper is hardly ever beside what it is about to take, so the data show no
-# corrections of the aim; noisier plans show them. And in few steps a critic does not learn to rank
-# the proposals for a state. A cube that is 2 cm from its goal (0.2) has met it: were only the very
-# state of the data a success, one 1 cm away would count as another goal.
+# corrections of the aim; noisier plans do (collect_noise). In few steps a critic does not learn to
+# rank the proposals for a state (model). If only the very state of the data were a success, a cube
+# 1 cm from its goal would be a failure; 2 cm are near enough (tolerance 0.2; 1 is 10 cm).
 CUBES = {"collect_noise": 0.3, "critic": "model", "tolerance": (0.2,), "horizon": 6,
          "value_goals": (0.2, 0.6, 0.2, 0.0)}
 # A locked drawer must be unlocked before it is shut, which costs reward for 100 steps. With a
@@ -184,7 +185,7 @@ class Batch(NamedTuple):
     chunk: torch.Tensor  # (B, D) a_t ... a_{t+n-1}
     reward: torch.Tensor  # (B,) mean or sum of gamma^i r_{t+i}
     next_observation: torch.Tensor  # (B, O) s_{t+n}, or the state in which the task ended
-    success: torch.Tensor  # (B,) 1 where the value goal's index lies in [t, t+n)
+    success: torch.Tensor  # (B,) 1 where the value goal's index is in [t, t+n); --tolerance
     value_goal: torch.Tensor  # (B, G) for outcomes, rollouts, V and Q: may be any state
     actor_goal: torch.Tensor  # (B, G) for cloning: often a later state of the trajectory
     terminated: torch.Tensor  # (B,) 1 where the task ended within the chunk
@@ -193,8 +194,8 @@ class Batch(NamedTuple):
 
 class ChunkDataset:
     """support.data.Trajectories, from which batches of action chunks are drawn. Arrays stay raw and
-    uncopied; the index has an entry per trajectory, none per row. `columns` lists the G coordinates
-    of an observation that make it a goal."""
+    are not copied on a CPU. The index has an entry per trajectory, none per row. `columns` lists
+    the G coordinates of an observation that make it a goal."""
 
     def __init__(self, trajectories, columns, config, device="cpu"):
         arrays = [torch.as_tensor(array).to(device) for array in trajectories[:5]]
@@ -203,7 +204,7 @@ class ChunkDataset:
         self.config, self.terminated = config, terminated & config.terminations
         begins = F.pad(self.ends[:-1] + 1, (1, 0))
         # A chunk may start wherever n actions and a state follow, the last such place included.
-        # If the task ended, it may start up to the state before the end; `valid` tells how far.
+        # If the task ended, it may start up to the state before; `valid` marks the logged actions.
         self.last_starts = self.ends - torch.where(self.terminated, 1, config.chunk)  # (K,)
         count = (self.last_starts - begins + 1).clamp(min=0)  # (K,) starts of each trajectory
         self.starts_up_to = count.cumsum(0)  # (K,) starts up to and including this one
@@ -224,7 +225,7 @@ class ChunkDataset:
     def sample(self, batch_size, generator, step=0):
         """B chunks, uniform over all legal starts or, with --window, over that many in a row. The
         window moves through the data by its own length in 1,000 steps. -> Batch"""
-        window, device = self.config.window or len(self.observations), self.ends.device
+        window, device = self.config.window or self.total_starts, self.ends.device
         first = torch.tensor([step * self.config.window // 1000 % self.total_starts], device=device)
         pick = torch.randint(min(window, self.total_starts), (batch_size,), generator=generator,
                              device=device)
@@ -265,9 +266,9 @@ class ChunkDataset:
         )
 
     def sample_goals(self, start, last, odds, generator, first_state=0):
-        """Indices (B,) of goal states. By `odds` (current, geometric, uniform, random) it is the
-        state itself, the state k ~ Geom(1 - gamma) steps ahead, a uniformly drawn later state of
-        the trajectory (neither beyond its end, `last`), or any state of the data or window."""
+        """Indices (B,) of goal states. `odds` are those of the state itself, of the state
+        k ~ Geom(1 - gamma) steps ahead (at most `last`, the trajectory's end), of a uniformly
+        drawn later state up to `last`, and of any state of the data or window."""
         kind, u, v = torch.rand(3, len(start), generator=generator, device=start.device)
         left = last - start
         geometric = (torch.log(u) / math.log(self.config.discount)).floor() + 1
@@ -394,7 +395,7 @@ class FlowPolicy(Policy):
 
     def flow_loss(self, batch, generator):
         """Eq. 7: regress the velocity a - z at a random point of the straight line from the noise z
-        to the chunk a, both (B, D). Padding does not count."""
+        to the chunk a, both (B, D). Padding has no error."""
         observation, goal, a = batch.observation, batch.actor_goal, batch.chunk
         z = self.noise(observation, generator)
         u = torch.rand(len(a), 1, generator=generator, device=a.device, dtype=a.dtype)
@@ -418,7 +419,7 @@ class FlowPolicy(Policy):
 
 
 POLICIES = {"flow": FlowPolicy}  # --policy; add yours, as examples/ablations.py does
-AGENTS = {}  # --policy: a subclass of Agent, if it needs one; its `presets` are settings
+AGENTS = {}  # --policy: its own subclass of Agent, if it has one, with settings in `presets`
 
 
 # ------------------------------------------------------------------------------- the agent
@@ -476,7 +477,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def fill(self, batch, generator):
-        """Zero padding would reveal the end to the models, so the policy's proposal replaces it."""
+        """Put the policy's proposal in place of padding: zeros would tell the models of the end."""
         proposal = self.policy.propose(batch.observation, batch.actor_goal, generator)
         return batch._replace(chunk=torch.where(batch.valid == 1, batch.chunk, proposal))
 
@@ -580,8 +581,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, observation, goal=None, candidates=None, generator=None):
-        """Choose chunks for raw observations (B, O) or (O,), with a goal each of width G, or O (of
-        which `columns` are taken); None where G is 0. `candidates` is N, by default
+        """Choose chunks for raw observations (B, O) or (O,). Goals are (B, G), or (B, O), whose
+        `columns` are taken, or None where G is 0. `candidates` is N, by default
         `eval_candidates`; 1 is cloning. -> (B, n, A) or (n, A) float32 array, in [-1, 1]. Raises
         ValueError for other shapes and for numbers that are not finite."""
         chunk = self.best_of(*self.prepare(observation, goal), candidates, generator)
@@ -597,7 +598,8 @@ def make_optimizer(agent):
 
 
 def update(agent, optimizer, batch, generator, model_only=False):
-    """One step of Algorithm 1. -> dict of losses and of statistics (0-dimensional tensors)"""
+    """One step of Algorithm 1. -> dict of losses and, after the warmup, of the rollouts' reward
+    (0-dimensional tensors)"""
     losses, rollout = agent.losses(batch, generator, model_only)
     optimizer.zero_grad()
     sum(losses.values()).backward()
@@ -618,16 +620,17 @@ class Training:
     def __init__(self, config, device, training, validation, columns):
         self.config, self.device = config, device
         torch.manual_seed(config.seed)
+        terminations = bool(training.terminated.any())
         # The agent's config has this process's share of the batch sizes, the run's has the whole.
         share = dataclasses.replace(config, **devices.share(
             batch_size=config.batch_size, rollout_batch_size=config.rollout_batch_size))
         self.agent = AGENTS.get(config.policy, Agent)(
-            training.observations.shape[1], training.actions.shape[1], columns, share,
-            bool(training.terminated.any()))
+            training.observations.shape[1], training.actions.shape[1], columns, share, terminations)
         limits = training.observations if training.limits is None else training.limits
         self.agent.normalizer.fit(torch.as_tensor(limits))
         self.agent.to(device)
         place = devices.device_of_data(device, training, validation)
+        validation = validation._replace(terminated=validation.terminated & terminations)
         self.dataset, self.validation = (ChunkDataset(trajectories, columns, config, place)
                                          for trajectories in (training, validation))
         self.optimizer = make_optimizer(self.agent)
@@ -640,7 +643,7 @@ class Training:
         """Continue from a checkpoint; on another device a random stream restarts from the seed."""
         self.agent.load_state_dict(checkpoint["agent"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        group = self.optimizer.param_groups[0]  # the checkpoint was read to the host
+        group = self.optimizer.param_groups[0]  # its tensors are still on the CPU
         group.update(capturable=self.device.type == "cuda", lr=group["lr"].to(self.device))
         for generator, saved in zip(self.generators, checkpoint["generators"][2 * devices.RANK:]):
             if len(saved) == len(generator.get_state()):
@@ -732,7 +735,7 @@ class Training:
                            f"step {self.saved}; start anew with a smaller --learning-rate", 3)
 
     def evaluate(self, world, stop, count, seed, execute, candidates, log=False):
-        """Process 0 plays `count` episodes of every task. A resumed run replays them if stopped."""
+        """Process 0 plays `count` episodes of every task. After a stop, --resume begins anew."""
         if devices.RANK:
             return
         results = episodes.play(world, self.agent.eval(), count, seed, execute, candidates,
@@ -766,8 +769,8 @@ def train(config, folder, checkpoint=None):
     world = find_world(config.env, config.goal, config.data)
     episodes.try_out(world, config.eval_interval > 0)
     if len(config.tolerance) not in (0, min(1, len(world.columns)), len(world.columns)):
-        raise MacError(f"--tolerance: a number for each of {len(world.columns)} goal coordinates, "
-                       "or one for all, is needed")
+        raise MacError(f"--tolerance: this task has {len(world.columns)} goal coordinates; give a "
+                       "number for each, or one for all")
     if checkpoint:
         name, source = checkpoint["facts"]["data"], checkpoint["facts"]["source"]
     else:  # only process 0 looks: it may have to download or to collect
@@ -839,7 +842,7 @@ def parse(argv):
     """-> the settings given as flags, --resume, --benchmark"""
     parser = console.Parser("mac.py", allow_abbrev=False, description="Train MAC (see README.md).")
     console.add_flags(parser, Config)
-    parser.add_argument("--resume", action="store_true", help="continue the run in --save-dir")
+    parser.add_argument("--resume", action="store_true", help="continue a run in --save-dir")
     parser.add_argument("--benchmark", type=int, default=0, metavar="K", help="time K updates")
     given = vars(parser.parse_args(argv))
     return given, given.pop("resume"), given.pop("benchmark")
@@ -864,17 +867,15 @@ def main(argv):
             return train(config, folder)
         checkpoint = runs.load_checkpoint(folder)
         with runs.must_fit(folder):
-            merged = Config(**checkpoint["config"])
-        for name in given:
-            was, now = getattr(merged, name), getattr(config, name)
-            if name in MAY_CHANGE:
-                merged = dataclasses.replace(merged, **{name: now})
-            elif was != now:
+            config = settings(**{**checkpoint["config"], **given})
+        for name, was in checkpoint["config"].items():
+            if name not in MAY_CHANGE and was != (now := getattr(config, name)):
                 raise MacError(f"{console.flag(name)}: this run has {was}, not {now}; use another "
                                "--save-dir")
-        if checkpoint["step"] > merged.steps:
-            raise MacError(f"--steps {merged.steps}: this run is at step {checkpoint['step']}")
-        return train(merged, folder, checkpoint)
+        if config.steps < max(checkpoint["step"], checkpoint["warmup_steps"] + 1):
+            raise MacError(f"--steps {config.steps}: this run is at step {checkpoint['step']}, and "
+                           f"its warmup takes {checkpoint['warmup_steps']}")
+        return train(config, folder, checkpoint)
 
 
 if __name__ == "__main__":

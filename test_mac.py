@@ -403,10 +403,11 @@ def test_a_termination_ends_the_imagined_rollout():
     (True, False, 0, ("reward",)), (True, True, 2, ("success",))])
 def test_terminations_are_learned_when_the_data_have_them(in_data, wanted, goal, names):
     given = trajectories(in_data)
-    run = mac.Training(config(batch_size=8, terminations=wanted), torch.device("cpu"), given, given,
-                       list(range(goal)))
+    run = mac.Training(config(batch_size=8, terminations=wanted), torch.device("cpu"), given,
+                       trajectories(True), list(range(goal)))
     assert run.agent.outcome.names == names
-    assert run.dataset.total_starts == 3 * (19 if in_data and wanted else 17)
+    for data in (run.dataset, run.validation):
+        assert data.total_starts == 3 * (19 if in_data and wanted else 17)
     losses = run.make_step()()
     assert all(losses[name] > 0 for name in names) and ("termination" in losses) == (len(names) > 1)
 
@@ -646,6 +647,11 @@ def test_settings_follow_the_environment():
         small = mac.settings(env=f"{env}-v0", small=True, goal=goal)
         assert [small.collect, len(small.tolerance), small.discount] == [
             episodes, tolerances, discount]
+
+
+def test_a_task_with_a_reward_has_no_goals():
+    with pytest.raises(MacError, match="--goal observation: .* take scene-play-v0"):
+        mac.settings(env="scene-play-singletask-v0", goal="observation")
 
 
 @pytest.mark.parametrize("name, bad", [
