@@ -103,6 +103,8 @@ def picture(path, width=9, height=3.2, panels=2):
     figure, buffer = Figure((width, height), layout="tight"), io.BytesIO()
     try:
         yield figure.subplots(1, panels)
+    except MacError:
+        raise
     except (ValueError, LookupError, TypeError, ArithmeticError) as error:
         raise MacError(f"nothing to plot: a table is missing or damaged ({error!r})") from error
     for panel in figure.axes:
@@ -113,9 +115,11 @@ def picture(path, width=9, height=3.2, panels=2):
 
 
 def plot_curves(success, losses, run_folders):
-    """Draw success (eval.csv) and losses (train.csv) over gradient steps."""
+    """Draw success (eval.csv) and losses (train.csv) over gradient steps. Raises MacError."""
     for run, style in zip(run_folders, itertools.cycle(("-", "--", ":", "-."))):
         rows = read_csv(run / "train.csv")
+        if not rows or "step" not in rows[0]:
+            raise MacError(f"{run / 'train.csv'} is not there or has no rows: nothing to plot")
         names = [name for name in rows[0] if name != "step" and "_" not in name]
         for color, name in enumerate(names):
             kept = [row for row in rows if row.get(name)]  # blank in the warmup

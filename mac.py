@@ -24,8 +24,8 @@ Where this file follows the authors' published code rather than the paper's text
     - in reward-based tasks a chunk's reward is the *mean* of its n discounted rewards, not the
       sum: V and Q are 1/n of the paper's, the arg max is the same (`--chunk-reward sum`);
     - losses are means over coordinates, where the paper writes sums;
-    - a chunk succeeds if the goal is one of the n states that it acts in (cross-entropy); the
-      teacher of the distillation is clamped to [-1, 1]; target V follows V as it was before;
+    - a chunk succeeds if the goal is one of the n states that it acts in; the teacher of the
+      distillation is clamped to [-1, 1]; target V moves towards V as it was before the step;
     - at test time only the first action of a chunk is executed (`--execute`).
 Where it differs from that code: README.md, "Where it differs".
 """
@@ -106,7 +106,7 @@ class Config:
     tensorboard: bool = False  # write the numbers of the .csv files for TensorBoard too
     log_interval: int = 1000  # steps between rows of train.csv; 0: never
     eval_interval: int = 100_000  # steps between evaluations after the warmup; 0: none at all
-    save_interval: int = 10_000  # steps between checkpoints; evaluations and ends save, too
+    save_interval: int = 10_000  # steps between checkpoints; 0: only first, last and at evaluations
     eval_episodes: int = 15  # episodes per task in an evaluation
 
     def __post_init__(self):
@@ -129,18 +129,18 @@ SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5
          "save_interval": 2000}
 # In play data the gripper is hardly ever beside what it is about to take, so the data show no
 # corrections of the aim; noisier plans do. In few steps a critic does not learn to rank proposals.
-HELP = {"collect_noise": 0.3, "critic": "model"}
+COMMON = {"collect_noise": 0.3, "critic": "model"}
 # In few steps a plain flow is not precise enough to aim at one of two cubes.
-CUBES = {**HELP, "policy": "centered", "learning_rate": 3e-3, "warmup": 0.6, "horizon": 6,
+CUBES = {**COMMON, "policy": "centered", "learning_rate": 3e-3, "warmup": 0.6, "horizon": 6,
          "execute": 3, "value_goals": (0.1, 0.7, 0.2, 0.0)}
 # A locked drawer must be unlocked before it is shut, which costs reward for 100 steps. With a
 # discount of 0.99 that costs more than it gains, so V would rather do nothing.
-SCENE = {**HELP, "discount": 0.995, "horizon": 10}
+SCENE = {**COMMON, "discount": 0.995, "horizon": 10}
 SMALL_TASKS = {  # ids that begin so
     "cube-single-play-v0": {**CUBES, "collect": 200, "steps": 15_000},
     "cube-double-play-v0": {**CUBES, "collect": 1000, "steps": 50_000, "eval_interval": 10_000,
                             "eval_episodes": 10},
-    # 2 cm are near enough. Else a cube 1 cm from where it is in the goal would be a failure.
+    # A cube within 2 cm (0.2) is near enough. Else a start 1 cm off would be another goal.
     "scene-play-v0": {**SCENE, "collect": 500, "steps": 40_000, "warmup": 0.25,
                       "tolerance": (0.2, 0.2, 0.2, 0.5, 0.5, 0.36, 0.3),
                       "value_goals": (0.2, 0.35, 0.35, 0.1)},
@@ -184,7 +184,7 @@ class Batch(NamedTuple):
     chunk: torch.Tensor  # (B, D) a_t ... a_{t+n-1}
     reward: torch.Tensor  # (B,) mean or sum of gamma^i r_{t+i}
     next_observation: torch.Tensor  # (B, O) s_{t+n}, or the state in which the task ended
-    success: torch.Tensor  # (B,) 1 where the value goal's index is in [t, t+n); --tolerance
+    success: torch.Tensor  # (B,) 1 where the value goal's index is in [t, t+n), or s_t is near
     value_goal: torch.Tensor  # (B, G) for outcomes, rollouts, V and Q: may be any state
     actor_goal: torch.Tensor  # (B, G) for cloning: often a later state of the trajectory
     terminated: torch.Tensor  # (B,) 1 where the task ended within the chunk
@@ -616,7 +616,7 @@ def make_optimizer(agent):
 
 
 def update(agent, optimizer, batch, generator, model_only=False):
-    """One step of Algorithm 1. -> {name: loss}, and the mean reward of rollouts, if there are"""
+    """One step of Algorithm 1. -> {name: loss}; after the warmup also the rollouts' reward"""
     losses, rollout = agent.losses(batch, generator, model_only)
     optimizer.zero_grad()
     sum(losses.values()).backward()
