@@ -101,12 +101,7 @@ def picture(path, width=9, height=3.2, panels=2):
     console.optional("matplotlib", "a picture")
     from matplotlib.figure import Figure
     figure, buffer = Figure((width, height), layout="tight"), io.BytesIO()
-    try:
-        yield figure.subplots(1, panels)
-    except MacError:
-        raise
-    except (ValueError, LookupError, TypeError, ArithmeticError) as error:
-        raise MacError(f"nothing to plot: a table is missing or damaged ({error!r})") from error
+    yield figure.subplots(1, panels)
     for panel in figure.axes:
         panel.legend(fontsize=7)
     figure.savefig(buffer, dpi=120, format="png")
@@ -117,28 +112,35 @@ def picture(path, width=9, height=3.2, panels=2):
 def plot_curves(success, losses, run_folders):
     """Draw success (eval.csv) and losses (train.csv) over gradient steps. Raises MacError."""
     for run, style in zip(run_folders, itertools.cycle(("-", "--", ":", "-."))):
-        rows = read_csv(run / "train.csv")
-        if not rows or "step" not in rows[0]:
-            raise MacError(f"{run / 'train.csv'} is not there or has no rows: nothing to plot")
-        names = [name for name in rows[0] if name != "step" and "_" not in name]
-        for color, name in enumerate(names):
-            kept = [row for row in rows if row.get(name)]  # blank in the warmup
-            losses.plot(*[[float(row[key]) for row in kept] for key in ("step", name)], style,
-                        color=f"C{color}", label=name * (run is run_folders[0]))
-        rows = [row for row in read_csv(run / "eval.csv") if row["task"] == "overall"]
-        known = all(row["success"] for row in rows)  # one's own simulators may not tell
-        keys = ("success", "stderr") if known else ("return", "return_stderr")
-        steps, mean, error = (np.array([float(row[key]) for row in rows])
-                              for key in ("step", *keys))
+        with table(run / "train.csv") as rows:
+            names = [name for name in rows[0] if name != "step" and "_" not in name]
+            for color, name in enumerate(names):
+                kept = [row for row in rows if row.get(name)]  # blank in the warmup
+                losses.plot(*[[float(row[key]) for row in kept] for key in ("step", name)], style,
+                            color=f"C{color}", label=name * (run is run_folders[0]))
+        with table(run / "eval.csv") as rows:  # not there if nothing was evaluated
+            rows = [row for row in rows if row["task"] == "overall"]
+            known = all(row["success"] for row in rows)  # one's own simulators may not tell
+            keys = ("success", "stderr") if known else ("return", "return_stderr")
+            steps, mean, error = (np.array([float(row[key]) for row in rows])
+                                  for key in ("step", *keys))
         success.plot(steps, mean, style, marker="o", label=run.name)
         success.fill_between(steps, mean - error, mean + error, alpha=0.2)
         success.set(xlabel="gradient steps", ylabel=keys[0])
     losses.set(xlabel="gradient steps", ylabel="loss", yscale="log")
 
 
-def read_csv(path):
-    text = path.read_text(errors="replace") if path.exists() else ""
-    return list(csv.DictReader(text.splitlines()))
+@contextlib.contextmanager
+def table(path):
+    """Give the rows of a .csv file, none if there is no file. If what then reads them fails, the
+    table is at fault. Raises MacError."""
+    try:
+        text = path.read_text(errors="replace") if path.exists() else ""
+        yield list(csv.DictReader(text.splitlines()))
+    except MacError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError) as error:
+        raise MacError(f"nothing to plot: {path} is missing or damaged ({error!r})") from error
 
 
 # -------------------------------------------------------------------------------- command line

@@ -15,7 +15,7 @@ import mac
 from support import devices
 from support.console import MacError, flag
 from support.data import Trajectories
-from support.test_common import COUNTING, HERE, Counting, generator
+from support.test_common import COUNTING, HERE, Counting, generator, read_csv
 
 
 def config(**settings):
@@ -712,7 +712,7 @@ def test_both_command_lines_and_an_agent_for_other_programs(tmp_path, capsys, mo
     assert seen == [(1, True)] * 6 + [  # then the learning rate falls
         (round((12 - step) / (12 - 6), 4), False) for step in range(6, 12)]
     assert "step 12: success 50%" in capsys.readouterr().out
-    warmup, joint = evaluation.read_csv(run / "train.csv")
+    warmup, joint = read_csv(run / "train.csv")
     assert (warmup["step"], warmup["critic"], joint["step"]) == ("6", "", "12")
     assert all(np.isfinite(float(value)) for value in joint.values())
     assert json.loads((run / "config.json").read_text())["env"] == "counting"

@@ -6,7 +6,7 @@ import pathlib
 import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # where eval.py is
-from eval import picture, read_csv
+from eval import picture, table
 from support import console
 
 
@@ -17,8 +17,7 @@ def main(argv):
                         "or more, in percent; blank where unknown")
     parser.add_argument("out", help="picture to write, .png")
     args = parser.parse_args(argv)
-    rows = read_csv(args.table)
-    with picture(args.out, height=0.6 * len(rows) + 1, panels=1) as panel:
+    with table(args.table) as rows, picture(args.out, 9, 0.6 * len(rows) + 1, 1) as panel:
         names = [name for name in rows[0] if name + " ±" in rows[0]]
         thick = 0.8 / len(names)
         for i, name in enumerate(names):

@@ -1,4 +1,5 @@
 """What several test files share: equal circumstances, a world of one's own, one-line errors."""
+import csv
 import functools
 import os
 import pathlib
@@ -8,7 +9,6 @@ import numpy as np
 import torch
 
 import mac
-from eval import read_csv  # noqa: F401
 from support import ogbench, worlds
 from support.data import Trajectories
 from support.episodes import World
@@ -24,6 +24,11 @@ os.environ["PYTHONPATH"] = str(HERE)  # and where they find mac.py
 
 NET = ["--width", "16", "--batch-size", "8", "--device", "cpu"]
 SINGLE = "cube-single-play-singletask-v0"
+
+
+def read_csv(path):
+    return list(csv.DictReader(path.read_text().splitlines()))
+
 
 # One simulator per id for all tests: building one takes most of a short run's time.
 build = functools.cache(lambda env_id: [ogbench.OGBench(env_id).make()])

@@ -294,9 +294,11 @@ def test_a_learning_curve_and_one_of_a_damaged_log(run, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     plot = ["--plot", str(tmp_path / "x.png")]
     assert evaluation.main([str(run), *plot]) == 0 and imageio.v3.imread(plot[1]).std() > 0
-    (tmp_path / "train.csv").write_bytes(b"\xff\xfe\n\n\x00,\n")
-    error = failing(capsys, str(tmp_path), *plot, main=evaluation.main)
-    assert "nothing to plot" in error and "train.csv is not there or has no rows" in error
+    for name, text in (("train", b"\xff\xfe\n\n\x00,\n"), ("eval", b"step,success\n1,1\n")):
+        folder = shutil.copytree(run, tmp_path / name)
+        (folder / f"{name}.csv").write_bytes(text)
+        error = f"nothing to plot: {folder / name}.csv is missing or damaged"
+        assert error in failing(capsys, str(folder), *plot, main=evaluation.main)
 
 
 def test_a_film_has_a_third_of_the_frames_of_first_episodes(run, tmp_path, capsys, monkeypatch):
