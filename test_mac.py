@@ -177,11 +177,12 @@ def test_euler_on_fields_with_known_solutions():
     assert torch.equal(clock.flow(None, None, x_0 + 9, 8), torch.ones(6, 4))
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_flow_matching_target_and_path(padded):
+@pytest.mark.parametrize("padded, sigma", [(False, 1.0), (True, 1.0), (True, 0.3)])
+def test_flow_matching_target_and_path(padded, sigma):
     seen, batch = {}, toy_batch(torch.rand(6, 4) * 2 - 1, padded)
-    policy = flow_policy(lambda x, t: seen.update(x=x, t=t) or 0 * x + 0.5)
-    loss, x_0 = policy.flow_loss(batch, generator(3)), torch.randn(6, 4, generator=generator(3))
+    policy = flow_policy(lambda x, t: seen.update(x=x, t=t) or 0 * x + 0.5, flow_noise=sigma)
+    loss, z = policy.flow_loss(batch, generator(3)), torch.randn(6, 4, generator=generator(3))
+    x_0 = sigma * z
     error = (batch.chunk - x_0 - 0.5)[batch.valid == 1]  # padding does not count
     assert torch.isclose(loss, error.square().sum() / 24)
     t = seen["t"]
@@ -189,59 +190,44 @@ def test_flow_matching_target_and_path(padded):
     assert t.shape == (6, 1) and 0 <= t.min() and t.max() <= 1
 
 
-@pytest.mark.parametrize("kind, steps", [("flow", 500), ("centered", 300)])
-def test_a_flow_keeps_two_modes(kind, steps):
+@pytest.mark.parametrize("sigma", [1.0, 0.3])
+def test_a_flow_keeps_two_modes(sigma):
     torch.manual_seed(0)
-    policy = mac.POLICIES[kind](1, 0, 1, config(width=32, flow_steps=10, eval_flow=True))
+    policy = mac.FlowPolicy(1, 0, 1, config(width=32, flow_steps=10, flow_noise=sigma))
     optimizer = torch.optim.Adam(policy.parameters(), 3e-3, fused=True)
     noise = generator()
-    for _ in range(steps):
+    for _ in range(500):
         sign = torch.randint(0, 2, (256, 1), generator=noise) * 2.0 - 1
         chunk = 0.6 * sign + 0.05 * torch.randn(256, 1, generator=noise)
         optimizer.zero_grad()
         sum(policy.loss(toy_batch(chunk, sizes=(1, 0)), noise).values()).backward()
         optimizer.step()
-    policy.train(kind != "centered")  # whose distillation takes longer: there the flow itself
     with torch.no_grad():
         sample = policy.propose(torch.zeros(4000, 1), torch.zeros(4000, 0), noise)
     near = [(abs(sample - mode) < 0.2).float().mean() for mode in (-0.6, 0.6)]
     assert min(near) > 0.35 and (abs(sample) < 0.3).float().mean() < 0.1
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_distillation_fits_the_clipped_teacher_and_gives_it_no_gradient(padded):
-    policy, batch = flow_policy(flow_steps=3), toy_batch(torch.rand(6, 4) * 2 - 1, padded)
-    loss = policy.loss(batch, generator(1))["distill"]
-    x = z = torch.randn(6, 4, generator=generator(1))
+@pytest.mark.parametrize("padded, sigma", [(False, 1), (True, 1), (True, 0.3)])
+def test_distillation_fits_the_clipped_teacher_and_gives_it_no_gradient(padded, sigma):
+    policy = flow_policy(flow_steps=3, eval_flow=True, flow_noise=sigma)
+    batch = toy_batch(torch.rand(6, 4) * 2 - 1, padded)
+    loss, z = policy.loss(batch, generator(1))["distill"], torch.randn(6, 4, generator=generator(1))
+    x = x_0 = sigma * z
     with torch.no_grad():
         for i in range(3):
             t = torch.full((6, 1), i / 3)
             x = x + policy.velocity(batch.observation, batch.actor_goal, x, t) / 3
-        difference = policy.one_step(batch.observation, batch.actor_goal, z) - x.clip(-1, 1)
-    assert x.abs().max() > 1  # so that the clip shows
+        chunk = policy.one_step(batch.observation, batch.actor_goal, x_0)
+    difference = chunk - x.clip(-1, 1)
+    assert x.abs().max() > sigma  # so that the clip shows
     assert torch.allclose(loss, difference[batch.valid == 1].square().sum() / 24, atol=1e-6)
     loss.backward()
     assert all(p.grad is None for p in policy.velocity.parameters())
     assert all(p.grad is not None for p in policy.one_step.parameters())
-
-
-def test_centered_flows_start_around_a_regression_that_they_do_not_move():
-    policy = mac.CenteredPolicy(2, 1, 4, config())
-    batch = toy_batch(torch.rand(6, 4) * 2 - 1, padded=True)
-    s, g = batch.observation, batch.actor_goal
-    center, z = policy.center(s, g), torch.randn(6, 4, generator=generator(3))
-    assert torch.equal(policy.noise(s, generator(3)), z)
-    x_0 = policy.x_0(s, g, z)
-    assert torch.allclose(x_0, center + 0.3 * z)
-    one_step = policy.one_step(s, g, x_0).clamp(-1, 1)
-    assert torch.equal(policy.propose(s, g, generator(3)), one_step)
-    loss = policy.loss(batch, generator(4))
-    error = ((center - batch.chunk) ** 2)[batch.valid == 1].sum() / 24
-    assert torch.isclose(loss["center"], error) and set(loss) == {"center", "flow", "distill"}
-    (loss["flow"] + loss["distill"]).backward()
-    assert all(p.grad is None for p in policy.center.parameters())
-    assert all(p.grad is not None for net in (policy.velocity, policy.one_step)
-               for p in net.parameters())
+    for training, expected in ((True, chunk), (False, x)):
+        proposal = policy.train(training).decode(batch.observation, batch.actor_goal, z)
+        assert torch.allclose(proposal, expected.clip(-1, 1), atol=1e-6)
 
 
 # ------------------------------------------------------------------------------ the agent
@@ -466,16 +452,15 @@ def test_rollout_batch_size_limits_the_rollouts_only():
     assert [name for name in losses if losses[name] != others[name]] == ["value", "critic"]
 
 
-@pytest.mark.parametrize("policy", ["flow", "centered"])
 @pytest.mark.parametrize("chunk", [1, 5])
 @pytest.mark.parametrize("model_only", [False, True])
-def test_an_update_trains_all_and_a_warmup_models_and_policy_alone(policy, chunk, model_only):
-    agent = make_agent(policy=policy, chunk=chunk)
+def test_an_update_trains_all_and_a_warmup_models_and_policy_alone(chunk, model_only):
+    agent = make_agent(chunk=chunk)
     batch = chunk_data(chunk=chunk).sample(8, generator())
     before = {name: p.clone() for name, p in agent.named_parameters()}
     losses = mac.update(agent, mac.make_optimizer(agent), batch, generator(), model_only)
     assert all(value.isfinite() for value in losses.values())
-    assert not model_only or set(losses) - {"center"} == {"flow", "distill", "dynamics", "success"}
+    assert not model_only or set(losses) == {"flow", "distill", "dynamics", "success"}
     trained = {"policy", "dynamics", "outcome"} | (set() if model_only else {"critic", "value"})
     for name, p in agent.named_parameters():  # the target was V's copy, and follows V as it was
         assert (p != before[name]).any() == (name.split(".")[0] in trained), name
@@ -571,7 +556,7 @@ def test_an_update_gives_the_published_codes_numbers(case, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("goal, host, settings", [
     (0, False, {}), (2, False, {}), (0, True, {}), (2, True, {}),
-    (2, False, {"policy": "centered", "critic": "model"})])
+    (2, False, {"flow_noise": 0.3, "critic": "model"})])
 def test_cuda_graph_agrees_with_eager_updates(goal, host, settings):
     """Through a warmup and after it, with a changing learning rate and validation in between."""
     device, results, columns = torch.device("cuda"), [], list(range(goal))
@@ -660,15 +645,16 @@ def test_settings_follow_the_environment():
     small = mac.settings(**given)
     assert (small.eval_flow, small.decay, small.eval_episodes, small.execute) == (False, True, 3, 5)
     assert not resume and not updates
-    for env, goal, episodes, tolerances, discount in (
-            ("cube-double-play", "task", 1000, 0, 0.99), ("cube-triple-play", "task", 100, 0, 0.99),
-            ("cube-double-play-oraclerep", "task", 1000, 0, 0.99),
-            ("cube-double-play", "observation", 100, 0, 0.99),
-            ("scene-play", "task", 500, 7, 0.995), ("scene-play-singletask", "task", 300, 0, 0.995),
-            ("cube-double-play-singletask-task3", "task", 100, 0, 0.99)):
-        small = mac.settings(env=f"{env}-v0", small=True, goal=goal)
-        assert [small.collect, len(small.tolerance), small.discount] == [
-            episodes, tolerances, discount]
+    for env, goal, *expected in (
+            ("cube-double-play", "task", 1000, 0.3, 0.99, 0),
+            ("cube-double-play-oraclerep", "task", 1000, 0.3, 0.99, 0),
+            ("cube-double-play", "observation", 100, 1, 0.99, 0),
+            ("cube-double-play-singletask-task3", "task", 100, 1, 0.99, 0),
+            ("cube-triple-play", "task", 100, 1, 0.99, 0),
+            ("scene-play", "task", 500, 0.3, 0.995, 7),
+            ("scene-play-singletask", "task", 300, 1, 0.995, 0)):
+        c = mac.settings(env=f"{env}-v0", small=True, goal=goal)
+        assert [c.collect, c.flow_noise, c.discount, len(c.tolerance)] == expected
 
 
 def test_a_task_with_a_reward_has_no_goals():

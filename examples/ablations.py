@@ -27,7 +27,7 @@ class OneStepPolicy(mac.FlowPolicy):
         return {"flow": self.flow_loss(batch, generator)}
 
     def decode(self, observation, goal, z):
-        return self.flow(observation, goal, z, steps=1)
+        return self.flow(observation, goal, self.config.flow_noise * z, steps=1)
 
 
 class GaussianPolicy(mac.Policy):

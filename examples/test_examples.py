@@ -151,7 +151,7 @@ def test_fql_gradient_reaches_the_one_step_policy_only(weight, settings):
 
 @pytest.mark.parametrize("given, loss, candidates", [
     ("onestep --chunk 5", "flow", 32), ("gaussian --chunk 1", "likelihood", 32),
-    ("fql", "actor", 1), ("flow --eval-flow", "flow", 32), ("centered --critic model", "flow", 32)])
+    ("fql", "actor", 1), ("flow --eval-flow", "flow", 32), ("flow --critic model", "flow", 32)])
 def test_a_policy_from_training_to_export(given, loss, candidates, tmp_path, capsys, monkeypatch):
     run = *COUNTING, *SHORT, "--save-dir", str(tmp_path), "--policy"
     assert mac.main([*run, *given.split()]) == 0

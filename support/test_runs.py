@@ -91,7 +91,7 @@ def ends_at(count, how, owner=mac, name="update"):
     ("--no-decay --warmup 0", (mac, "update"), 3, 6),
     ("--eval-interval 7", (mac, "update"), 3, 6),
     ("--eval-interval 7", (mac.Training, "evaluate"), 1, 2),
-    ("--policy centered --critic model --window 9", (mac, "update"), 3, 6)])
+    ("--flow-noise 0.3 --critic model --window 9", (mac, "update"), 3, 6)])
 def test_a_stopped_and_a_killed_run_resume_to_the_bits(settings, place, stop, loss, tmp_path):
     whole, ended = tmp_path / "whole", tmp_path / "ended"
     given = [*settings.split(), "--steps", "20"]
@@ -274,7 +274,7 @@ def test_tensorboard_holds_the_numbers_of_the_csv_files_once(tmp_path, monkeypat
 
 @pytest.mark.parametrize("given, message", [
     ("--env zzz", "zzz"), ("--stepz 3", "unrecognized arguments: --stepz 3 (--help lists"),
-    ("--width 1000000", "memory"), ("--policy flw", "no 'flw' here, only flow, centered"),
+    ("--width 1000000", "memory"), ("--policy flw", "no 'flw' here, only flow"),
     ("--tolerance 1 2", "--tolerance: this task has 1 goal coordinates"),
     ("--save-dir /proc/nowhere", "cannot use /proc/nowhere: No such file"),
     ("nowhere", "nowhere holds no checkpoint"), ("nowhere --episodes 0", "--episodes"),
