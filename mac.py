@@ -75,7 +75,7 @@ class Config:
     eval_candidates: int = 32  # N at test time
     execute: int = 1  # actions of each chunk that are executed at test time
     flow_steps: int = 10  # F: Euler steps of the flow policy
-    flow_noise: float = 1.0  # sigma: standard deviation of the noise at which the flow begins
+    flow_noise: float = 1.0  # standard deviation of the noise where the flow begins; the paper's 1
     eval_flow: bool = False  # at test time propose by the flow itself, not by its distillation
     policy: str = "flow"  # behaviour policy, by its name in POLICIES
     critic: Literal["network", "model"] = "network"  # Q: a network, or (not in the paper) Eq. 11's
@@ -131,8 +131,8 @@ SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5
 # In play data the gripper is hardly ever beside what it is about to take, so the data show no
 # corrections of the aim; noisier plans do. In few steps a critic does not learn to rank proposals.
 COMMON = {"collect_noise": 0.3, "critic": "model"}
-# Chunks for a state and a goal differ by about 0.3. A flow that begins at noise as narrow as that
-# needs fewer steps to learn to aim.
+# The chunks for a state and a goal are about 0.3 apart. A flow that begins at noise as narrow as
+# that has less noise to remove, and learns to aim in fewer steps.
 GOALS = {**COMMON, "flow_noise": 0.3, "learning_rate": 3e-3}
 CUBES = {**GOALS, "warmup": 0.6, "horizon": 6, "execute": 3, "value_goals": (0.1, 0.7, 0.2, 0.0)}
 # A locked drawer must be unlocked before it is shut, which costs reward for 100 steps. With a
