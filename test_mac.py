@@ -193,7 +193,7 @@ def test_flow_matching_target_and_path(padded, sigma):
 @pytest.mark.parametrize("sigma", [1.0, 0.3])
 def test_a_flow_keeps_two_modes(sigma):
     torch.manual_seed(0)
-    policy = mac.FlowPolicy(1, 0, 1, config(width=32, flow_steps=10, flow_noise=sigma))
+    policy = mac.FlowPolicy(1, 0, 1, config(width=32, eval_flow=True, flow_noise=sigma))
     optimizer = torch.optim.Adam(policy.parameters(), 3e-3, fused=True)
     noise = generator()
     for _ in range(500):
@@ -202,13 +202,15 @@ def test_a_flow_keeps_two_modes(sigma):
         optimizer.zero_grad()
         sum(policy.loss(toy_batch(chunk, sizes=(1, 0)), noise).values()).backward()
         optimizer.step()
-    with torch.no_grad():
-        sample = policy.propose(torch.zeros(4000, 1), torch.zeros(4000, 0), noise)
-    near = [(abs(sample - mode) < 0.2).float().mean() for mode in (-0.6, 0.6)]
-    assert min(near) > 0.35 and (abs(sample) < 0.3).float().mean() < 0.1
+    for training in (True, False):  # the distillation; the flow itself
+        policy.train(training)
+        with torch.no_grad():
+            sample = policy.propose(torch.zeros(4000, 1), torch.zeros(4000, 0), noise)
+        near = [(abs(sample - mode) < 0.2).float().mean() for mode in (-0.6, 0.6)]
+        assert min(near) > 0.35 and (abs(sample) < 0.3).float().mean() < 0.1
 
 
-@pytest.mark.parametrize("padded, sigma", [(False, 1), (True, 1), (True, 0.3)])
+@pytest.mark.parametrize("padded, sigma", [(False, 1), (True, 1), (True, 0.7)])
 def test_distillation_fits_the_clipped_teacher_and_gives_it_no_gradient(padded, sigma):
     policy = flow_policy(flow_steps=3, eval_flow=True, flow_noise=sigma)
     batch = toy_batch(torch.rand(6, 4) * 2 - 1, padded)
@@ -220,7 +222,7 @@ def test_distillation_fits_the_clipped_teacher_and_gives_it_no_gradient(padded, 
             x = x + policy.velocity(batch.observation, batch.actor_goal, x, t) / 3
         chunk = policy.one_step(batch.observation, batch.actor_goal, x_0)
     difference = chunk - x.clip(-1, 1)
-    assert x.abs().max() > sigma  # so that the clip shows
+    assert x.abs().max() > 1  # so that the clip shows
     assert torch.allclose(loss, difference[batch.valid == 1].square().sum() / 24, atol=1e-6)
     loss.backward()
     assert all(p.grad is None for p in policy.velocity.parameters())
