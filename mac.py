@@ -9,14 +9,16 @@ The algorithm, and the function of each step (equation numbers are the paper's):
 
     1. ChunkDataset.sample    draw (s_t, a_{t:t+n}, r, s_{t+n}) and goals from the logged data
     2. FlowPolicy.loss        clone the behaviour by flow matching (7); distil it to one step (8)
-    3. Agent.model_losses     regress the chunk's outcome: next state (5), reward or success (6)
+    3. Agent.model_losses     learn what a chunk brings: next state (5), reward (6) or success (A.1)
     4. Agent.imagine          roll H chunks out in the model (9), each the best of N by Q (4)
     5. Agent.value_losses     regress V on the H-chunk returns (10), Q on one chunk + V (11)
     6. update                 one optimizer step on the sum of all losses; target V follows by EMA
 
-Shapes: B batch, N candidates, H rollout length in chunks, n chunk length, O observation,
-A action, G goal (0 where a reward fixes the task), D = n A the flattened chunk; T dataset states,
-K trajectories. Networks see states scaled to [-1, 1]; batches and arguments of `act` are raw.
+Shapes: B batch, N candidates (Algorithm 1 has M), H rollout length in chunks, n chunk length,
+O observation, A action, G goal (0 where a reward fixes the task), D = n A the flattened chunk;
+T dataset states, K trajectories. a_{t:t+n} are the n actions from a_t on. z is noise of N(0, I),
+x_0 the beginning of the flow (u = 0). Networks see states scaled to [-1, 1]; batches and arguments
+of `act` are raw.
 
 Where this file follows the authors' published code rather than the paper's text:
     - the noised chunk is (1-u) z + u a: Eq. 7 swaps z and a, the text below it does not;
@@ -60,7 +62,8 @@ BOUNDS = {"discount": (0.001, 0.999999), "warmup": (0, 0.99), "ema_rate": (0, 1)
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting, with its flag's help. Defaults are the paper's for reward-based tasks (Tables
-    6 to 8); `settings` fills in what follows from the environment and --small."""
+    7, 8), and for cubes with goals (Table 6); `settings` replaces those that depend on the
+    environment and on --small."""
 
     env: str = "cube-double-play-v0"  # OGBench id; with --data a gymnasium id
     data: str = ""  # own trajectories: .npz, .hdf5 or a folder of them (README)
@@ -78,8 +81,8 @@ class Config:
     flow_noise: float = 1.0  # standard deviation of the noise where the flow begins; the paper's 1
     eval_flow: bool = False  # at test time propose by the flow itself, not by its distillation
     policy: str = "flow"  # behaviour policy, by its name in POLICIES
-    critic: Literal["network", "model"] = "network"  # Q: a network, or (not in the paper) Eq. 11's
-                                                     # right side, computed with the models
+    critic: Literal["network", "model"] = "network"  # Q: a network or, not in the paper, what
+                                                     # Eq. 11 teaches it, computed by the models
     discount: float = 0.999  # gamma per environment step
     chunk_reward: Literal["mean", "sum"] = "mean"  # of a chunk's n discounted rewards
     terminations: bool = True  # learn where the task ends, if the data have such ends
@@ -94,7 +97,7 @@ class Config:
     batch_size: int = 256  # chunks per gradient step; goal-conditioned 1024
     rollout_batch_size: int = 0  # states of a batch that are rolled out; 0: all
     learning_rate: float = 3e-4  # step size of Adam
-    warmup: float = 0.0  # fraction of the steps before V and Q are trained
+    warmup: float = 0.0  # fraction of the steps, the first, that do not train V and Q
     decay: bool = False  # after the warmup, let the learning rate fall linearly to zero
     ema_rate: float = 0.005  # target V moves this much towards V per step
     # data, logs, files
@@ -131,18 +134,18 @@ SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5
 # In play data the gripper is hardly ever beside what it is about to take, so the data show no
 # corrections of the aim; noisier plans do. In few steps a critic does not learn to rank proposals.
 COMMON = {"collect_noise": 0.3, "critic": "model"}
-# The chunks for a state and a goal are about 0.3 apart. A flow that begins at noise as narrow as
-# that has less noise to remove, and learns to aim in fewer steps.
+# A flow that begins at narrower noise has less of it to remove, and learns to aim in fewer steps;
+# 0.3 was the best of four widths.
 GOALS = {**COMMON, "flow_noise": 0.3, "learning_rate": 3e-3}
 CUBES = {**GOALS, "warmup": 0.6, "horizon": 6, "execute": 3, "value_goals": (0.1, 0.7, 0.2, 0.0)}
-# A locked drawer must be unlocked before it is shut, which costs reward for 100 steps. With a
-# discount of 0.99 that costs more than it gains, so V would rather do nothing.
+# Episodes are long. Whoever unlocks a drawer to shut it has less reward for 100 steps. With a
+# discount of 0.99 this loss exceeds the later gain, so V would rather do nothing.
 SCENE = {"discount": 0.995, "horizon": 10}
-SMALL_TASKS = {  # ids that begin so
+SMALL_TASKS = {  # by what ids begin with
     "cube-single-play-v0": {**CUBES, "collect": 200, "steps": 15_000},
     "cube-double-play-v0": {**CUBES, "collect": 1000, "steps": 50_000, "eval_interval": 10_000,
                             "eval_episodes": 10},
-    # A cube within 2 cm (0.2) is near enough. Else a start 1 cm off would be another goal.
+    # A cube within 2 cm (0.2) of its goal is there: it may begin 1 cm off, and need not move.
     "scene-play-v0": {**GOALS, **SCENE, "collect": 500, "steps": 40_000, "warmup": 0.25,
                       "tolerance": (0.2, 0.2, 0.2, 0.5, 0.5, 0.36, 0.3),
                       "value_goals": (0.2, 0.35, 0.35, 0.1)},
@@ -150,8 +153,8 @@ SMALL_TASKS = {  # ids that begin so
 
 
 def settings(**given):
-    """The Config of the settings given. What is not given is a policy's own preset, else that of
-    --small, else the paper's for the environment (Tables 6 to 8). Raises MacError."""
+    """The Config of the settings given. What is not given comes from the `presets` of the policy's
+    Agent, else from --small, else from the paper (Tables 6 to 8). Raises MacError."""
     if given.get("data"):
         given = {"env": "", **given, "data": str(console.home(given["data"], "--data").absolute())}
     asked = Config(**given)
@@ -169,7 +172,7 @@ def settings(**given):
         for name, task in SMALL_TASKS.items() if asked.goal == "task" else ():
             if asked.env.replace("-oraclerep", "").startswith(name):
                 result.update(task)
-    result.update(getattr(AGENTS.get(asked.policy), "presets", {}), **given)
+    result.update(AGENTS.get(asked.policy, Agent).presets, **given)
     config = Config(**result)
     if config.policy not in POLICIES:
         raise MacError(f"--policy: there is no {config.policy!r} here, only {', '.join(POLICIES)}")
@@ -205,7 +208,8 @@ class ChunkDataset:
         self.config, self.terminated = config, terminated & config.terminations
         begins = F.pad(self.ends[:-1] + 1, (1, 0))
         # A chunk may start wherever n actions and a state follow, the last such place included.
-        # If the task ended, it may start up to the state before; `valid` marks the logged actions.
+        # Where the task ended, it may start later, up to the last action, and is then padded;
+        # `valid` is 1 where an action was logged.
         self.last_starts = self.ends - torch.where(self.terminated, 1, config.chunk)  # (K,)
         count = (self.last_starts - begins + 1).clamp(min=0)  # (K,) starts of each trajectory
         self.starts_up_to = count.cumsum(0)  # (K,) starts up to and including this one
@@ -221,7 +225,7 @@ class ChunkDataset:
     def start(self, pick):
         """State indices (B,) of the legal starts numbered `pick` (B,)."""
         k = torch.searchsorted(self.starts_up_to, pick, right=True)  # the trajectory picked
-        return self.last_starts[k] + 1 + pick - self.starts_up_to[k]
+        return self.last_starts[k] - (self.starts_up_to[k] - 1 - pick)  # counted from its last one
 
     def sample(self, batch_size, generator, step=0):
         """B chunks, uniform over all legal starts or, with --window, over that many in a row. The
@@ -328,7 +332,8 @@ class MLP(nn.Module):
 
 class Outcome(MLP):
     """Predicts what a chunk brings, an output for each of `names`: ("reward",) (Eq. 6), ("reward",
-    "termination") if tasks end in the data, or ("success",) (A.1); the last two are logits."""
+    "termination") if tasks end in the data, or ("success",) (A.1). Success and termination are
+    logits."""
 
     def __init__(self, inputs, names, width):
         super().__init__(inputs, len(names), width)
@@ -418,7 +423,7 @@ class FlowPolicy(Policy):
 
 
 POLICIES = {"flow": FlowPolicy}  # --policy; add yours
-AGENTS = {}  # --policy: its own subclass of Agent, if it has one, with settings in `presets`
+AGENTS = {}  # --policy: a subclass of Agent, if it needs one
 
 
 # ------------------------------------------------------------------------------- the agent
@@ -445,6 +450,7 @@ class Agent(nn.Module):
     """The networks of MAC and what they compute together. Methods take normalised observations and
     goals unless they say "raw". `columns` lists the G coordinates of an observation that make it a
     goal, none where a reward fixes the task; `terminations`: whether tasks end in the data."""
+    presets = {}  # settings that a subclass needs
 
     def __init__(self, observation_size, action_size, columns, config, terminations=False):
         super().__init__()
@@ -457,7 +463,7 @@ class Agent(nn.Module):
         self.dynamics = MLP(observation_size + chunk_size, observation_size, config.width)
         inputs = observation_size + chunk_size + goal_size
         self.terminations = terminations and config.terminations
-        names = ("success",) if columns else ("reward",) + ("termination",) * self.terminations
+        names = ("success",) if columns else ("reward", "termination")[:1 + self.terminations]
         self.outcome = Outcome(inputs, names, config.width)
         self.critic = MLP(inputs, None, config.width) if config.critic == "network" else None
         self.value = MLP(observation_size + goal_size, None, config.width)
@@ -468,6 +474,7 @@ class Agent(nn.Module):
         return self.columns.device
 
     def normalize(self, batch):
+        """A raw Batch, scaled."""
         return batch._replace(
             observation=self.normalizer(batch.observation),
             next_observation=self.normalizer(batch.next_observation),
@@ -498,7 +505,8 @@ class Agent(nn.Module):
         return (self.critic or self.model_q)(observation, chunk, goal)
 
     def proposals(self, observation, goal, count, generator):
-        """N chunks of the policy for every state, and their Q. -> (B, N, D), (B, N)"""
+        """N = `count` chunks of the policy (None: as at test time) for every state, and their Q.
+        -> (B, N, D), (B, N)"""
         count = self.config.eval_candidates if count is None else count
         if count < 1:
             raise ValueError(f"{count} candidates, where at least one is needed")
@@ -515,7 +523,7 @@ class Agent(nn.Module):
     @torch.no_grad()
     def imagine(self, observation, goal, generator, horizon=None, candidates=None):
         """Eq. 9: H chunks in the model from every observation (B, O) at once. Rollouts go on past a
-        met goal, but masks end their returns there. -> Rollout"""
+        met goal or the task's end, but masks cut their returns there. -> Rollout"""
         observations, chunks, count = [observation], [], candidates or self.config.candidates
         for _ in range(horizon or self.config.horizon):
             chunks.append(self.best_of(observations[-1], goal, count, generator))
@@ -532,17 +540,16 @@ class Agent(nn.Module):
                 **self.outcome.loss(batch)}
 
     def value_losses(self, rollout):
-        """Eq. 10 for all H states of each rollout, Eq. 11 for its first chunk."""
+        """Eq. 10 for the H states of a rollout where a chunk begins, Eq. 11 for its first chunk."""
         states, goals = rollout.observations, rollout.goals
         with torch.no_grad():
             target = returns(rollout.rewards, rollout.masks,
                              self.target_value(states[-1], goals[0]), self.chunk_discount)  # (H, B)
         losses = {"value": F.mse_loss(self.value(states[:-1], goals), target)}
         if self.critic:
-            with torch.no_grad():
-                target = self.q_target(rollout.rewards[0], rollout.masks[0], states[1], goals[0])
             q = self.critic(states[0], rollout.chunks[0], goals[0])  # (B,)
-            losses["critic"] = F.mse_loss(q, target)
+            target = self.q_target(rollout.rewards[0], rollout.masks[0], states[1], goals[0])
+            losses["critic"] = F.mse_loss(q, target.detach())
         return losses
 
     def losses(self, batch, generator, model_only=False):
@@ -628,6 +635,7 @@ class Training:
         self.agent.normalizer.fit(torch.as_tensor(limits))
         self.agent.to(device)
         place = devices.device_of_data(device, training, validation)
+        # What no training data show cannot be predicted in validation.
         validation = validation._replace(terminated=validation.terminated & terminations)
         self.dataset, self.validation = (ChunkDataset(trajectories, columns, config, place)
                                          for trajectories in (training, validation))
@@ -638,12 +646,13 @@ class Training:
         devices.choose_threads(self.validate, device)
 
     def restore(self, checkpoint):
-        """Continue from a checkpoint; on another device a random stream restarts from the seed."""
+        """Continue from a checkpoint. A random stream whose device changed begins anew."""
         self.agent.load_state_dict(checkpoint["agent"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         group = self.optimizer.param_groups[0]  # its tensors are still on the CPU
         group.update(capturable=self.device.type == "cuda", lr=group["lr"].to(self.device))
-        for generator, saved in zip(self.generators, checkpoint["generators"][2 * devices.RANK:]):
+        mine = checkpoint["generators"][2 * devices.RANK:]  # two of each process
+        for generator, saved in zip(self.generators, mine):
             if len(saved) == len(generator.get_state()):
                 generator.set_state(saved)
         self.step = self.saved = checkpoint["step"]
@@ -690,7 +699,7 @@ class Training:
             if model_only != phase:
                 phase, began, do_update = model_only, self.step, self.make_step(model_only)
             if config.decay:
-                left = (config.steps - self.step) / max(1, config.steps - self.warmup_steps)
+                left = (config.steps - self.step) / (config.steps - self.warmup_steps)
                 rate.fill_(config.learning_rate * min(1, left))
             self.losses = do_update()
             self.step += 1
@@ -733,7 +742,7 @@ class Training:
                            f"step {self.saved}; start anew with a smaller --learning-rate", 3)
 
     def evaluate(self, world, stop, count, seed, execute, candidates, log=False):
-        """Process 0 plays `count` episodes of every task. After a stop, --resume begins anew."""
+        """Process 0 plays `count` episodes of every task. After a stop, --resume repeats all."""
         if devices.RANK:
             return
         results = episodes.play(world, self.agent.eval(), count, seed, execute, candidates,
@@ -766,9 +775,10 @@ def train(config, folder, checkpoint=None):
     device = devices.set_up_device(config.device)
     world = find_world(config.env, config.goal, config.data)
     episodes.try_out(world, config.eval_interval > 0)
-    if len(config.tolerance) not in (0, min(1, len(world.columns)), len(world.columns)):
-        raise MacError(f"--tolerance: this task has {len(world.columns)} goal coordinates; give a "
-                       "number for each, or one for all")
+    goals = len(world.columns)
+    if config.tolerance and not (goals and len(config.tolerance) in (1, goals)):
+        raise MacError(f"--tolerance: this task has {goals} goal coordinates; give a number for "
+                       "each, or one for all")
     if checkpoint:
         name, source = checkpoint["facts"]["data"], checkpoint["facts"]["source"]
     else:  # only process 0 looks: it may have to download or to collect
@@ -796,11 +806,11 @@ def train(config, folder, checkpoint=None):
         if not checkpoint:
             run.save(folder, facts)  # first, so that the folder of a run always holds a checkpoint
         run.train(folder, world, facts, stop)
-        if config.small and config.eval_interval and world.tasks:  # N = 1 is cloning, to compare
+        if config.small and config.eval_interval and world.tasks and not stop.signal:
             count = max(1, 50 // len(world.tasks))
             say(f"closing evaluations, each of {count * len(world.tasks)} episodes:")
-            for candidates in sorted({1, config.eval_candidates}):
-                for execute in sorted({1, config.execute}) if not stop.signal else ():
+            for candidates in sorted({1, config.eval_candidates}):  # N = 1 is cloning, to compare
+                for execute in sorted({1, config.execute}):
                     run.evaluate(world, stop, count, config.seed + 1, execute, candidates)
         if stop.signal:
             say(f"stopped at step {run.step}; to go on, add --resume")
@@ -820,7 +830,7 @@ def load(run, device="cpu"):
     return agent.float().to(device).eval()  # float: whatever the default type is
 
 
-# What --resume may change; `steps` (by the decay) and `device` (by its noise) affect parameters.
+# What --resume may change; With `--decay`, `steps` changes the parameters; `device` does.
 MAY_CHANGE = {"steps", "device", "log_interval", "eval_interval", "save_interval",
               "eval_episodes", "data", "dataset_dir", "cache_dir", "save_dir", "tensorboard"}
 
@@ -829,7 +839,9 @@ def benchmark(config, updates):
     """Time updates on random data of the environment's shape. -> dict, for one line of JSON"""
     device = devices.set_up_device(config.device)
     world = find_world(config.env, config.goal, config.data)
-    random = data.random_data(20_000, *world.sizes)
+    states, actions = (torch.rand(20_000, size) * 2 - 1 for size in world.sizes)
+    random = data.Trajectories(states, actions, torch.tensor([19_999]), -torch.ones(20_000),
+                               torch.tensor([False]))
     run = Training(config, device, random, random, world.columns)
     batches, noise = run.generators
     return devices.benchmark(lambda: update(run.agent, run.optimizer, run.draw(batches), noise),

@@ -36,12 +36,6 @@ def fingerprint(data):
     return digest.hexdigest()[:16]
 
 
-def random_data(rows, observation_size, action_size):
-    """Trajectories without meaning, to time updates on."""
-    return Trajectories(torch.randn(rows, observation_size), torch.rand(rows, action_size) * 2 - 1,
-                        torch.tensor([rows - 1]), -torch.ones(rows), torch.tensor([False]))
-
-
 def data_files(path):
     """-> training files (`path` or, without it, <stem>-000.npz and so on) and their '-val' files"""
     shards = {int(match[1]): file for file in path.parent.glob(f"{path.stem}-*.npz")
