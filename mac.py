@@ -549,9 +549,10 @@ class Agent(nn.Module):
                              self.target_value(states[-1], goals[0]), self.chunk_discount)  # (H, B)
         losses = {"value": F.mse_loss(self.value(states[:-1], goals), target)}
         if self.critic:
+            with torch.no_grad():
+                target = self.q_target(rollout.rewards[0], rollout.masks[0], states[1], goals[0])
             q = self.critic(states[0], rollout.chunks[0], goals[0])  # (B,)
-            target = self.q_target(rollout.rewards[0], rollout.masks[0], states[1], goals[0])
-            losses["critic"] = F.mse_loss(q, target.detach())
+            losses["critic"] = F.mse_loss(q, target)
         return losses
 
     def losses(self, batch, generator, model_only=False):
@@ -832,7 +833,7 @@ def load(run, device="cpu"):
     return agent.float().to(device).eval()  # float: whatever the default type is
 
 
-# What --resume may change; With `--decay`, `steps` changes the parameters; `device` does.
+# What --resume may change. `steps` (with --decay) and `device` (other noise) change the parameters.
 MAY_CHANGE = {"steps", "device", "log_interval", "eval_interval", "save_interval",
               "eval_episodes", "data", "dataset_dir", "cache_dir", "save_dir", "tensorboard"}
 
