@@ -30,8 +30,7 @@ D4RL_RETURNS = {"HalfCheetah": (-280.178953, 12135.0), "Hopper": (-20.272305, 32
 
 def evaluate(run, args):
     """Play episodes of a run's agent and print the table. -> what --json writes"""
-    agent = mac.load(run)
-    agent.to(devices.set_up_device(args.device))
+    agent = mac.load(run, devices.set_up_device(args.device))
     config, world = agent.config, find_world(agent.config.env, agent.config.goal, agent.config.data)
     world.pixels = 400 if args.video else world.pixels
     if not world.tasks:

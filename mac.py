@@ -2,7 +2,7 @@
 
     python mac.py --env cube-double-play-v0                       # the paper's settings
     python mac.py --env cube-single-play-singletask-v0 --small    # minutes on a laptop CPU
-    torchrun --nproc-per-node 8 mac.py --env cube-double-play-v0  # the same on eight GPUs
+    torchrun --nproc-per-node 8 mac.py --env cube-double-play-v0  # on eight GPUs (not tested)
     python eval.py exp/<run>                                      # success table; --video, --plot
 
 The algorithm, and the function of each step (equation numbers are the paper's):
@@ -12,19 +12,19 @@ The algorithm, and the function of each step (equation numbers are the paper's):
     3. Agent.model_losses     learn what a chunk brings: next state (5), reward (6) or success (A.1)
     4. Agent.imagine          roll H chunks out in the model (9), each the best of N by Q (4)
     5. Agent.value_losses     regress V on the H-chunk returns (10), Q on one chunk + V (11)
-    6. update                 one optimizer step on the sum of all losses; target V follows by EMA
+    6. update                 target V by EMA, one optimizer step on the sum of all losses
 
 Shapes: B batch, N candidates (Algorithm 1 has M), H rollout length in chunks, n chunk length,
 O observation, A action, G goal (0 where a reward fixes the task), D = n A the flattened chunk;
 T dataset states, K trajectories. a_{t:t+n} are the n actions from a_t on. z is noise of N(0, I),
-x_0 the beginning of the flow (u = 0). Networks see states scaled to [-1, 1]; batches and arguments
-of `act` are raw.
+x_0 the beginning of the flow (u = 0). Networks see states and goals scaled to [-1, 1]. A batch is
+raw until `Agent.normalize`; arguments of `act` are raw.
 
-Where this file follows the authors' published code rather than the paper's text:
+Where this file follows the authors' published code, because the paper differs or is silent:
     - the noised chunk is (1-u) z + u a: Eq. 7 swaps z and a, the text below it does not;
     - the dynamics network predicts the change of state;
     - in reward-based tasks a chunk's reward is the *mean* of its n discounted rewards, not the
-      sum: V and Q are 1/n of the paper's, the arg max is the same (`--chunk-reward sum`);
+      sum (`--chunk-reward sum`), so V and Q are 1/n of the paper's; the arg max is the same;
     - losses are means over coordinates, where the paper writes sums;
     - a chunk succeeds if the goal is one of the n states that it acts in; the teacher of the
       distillation is clamped to [-1, 1]; target V moves towards V as it was before the step;
@@ -61,8 +61,8 @@ BOUNDS = {"discount": (0.001, 0.999999), "warmup": (0, 0.99), "ema_rate": (0, 1)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Every setting, with its flag's help. Defaults are the paper's for reward-based tasks (Tables
-    7, 8), and for cubes with goals (Table 6); `settings` replaces those that depend on the
+    """Every setting; the comment beside it is also the help of its flag. Defaults are those of
+    Tables 7 and 8, the odds of goals Table 6's for cubes. `settings` replaces what depends on the
     environment and on --small."""
 
     env: str = "cube-double-play-v0"  # OGBench id; with --data a gymnasium id
@@ -81,8 +81,8 @@ class Config:
     flow_noise: float = 1.0  # standard deviation of the noise where the flow begins; the paper's 1
     eval_flow: bool = False  # at test time propose by the flow itself, not by its distillation
     policy: str = "flow"  # behaviour policy, by its name in POLICIES
-    critic: Literal["network", "model"] = "network"  # Q: a network or, not in the paper, what
-                                                     # Eq. 11 teaches it, computed by the models
+    critic: Literal["network", "model"] = "network"  # Q: a network or (not in the paper) the right
+                                                     # side of Eq. 11, computed by the models and V
     discount: float = 0.999  # gamma per environment step
     chunk_reward: Literal["mean", "sum"] = "mean"  # of a chunk's n discounted rewards
     terminations: bool = True  # learn where the task ends, if the data have such ends
@@ -90,14 +90,14 @@ class Config:
     value_goals: tuple = (0.2, 0.0, 0.5, 0.3)  # odds that a value goal is the current / a geometric
                                                # future / a uniform future / a random state
     actor_goals: tuple = (0.0, 1.0, 0.0, 0.0)  # the same for the goals of the cloned policy
-    tolerance: tuple = ()  # a chunk that begins so near the goal is a success, too: one number, or
-                           # one for each raw goal coordinate
+    tolerance: tuple = ()  # a chunk succeeds also if it begins within this distance of the goal:
+                           # one number, or one for each goal coordinate, in raw units
     # networks and optimisation
     width: int = 512  # hidden units in each of the 4 layers; goal-conditioned 1024
     batch_size: int = 256  # chunks per gradient step; goal-conditioned 1024
     rollout_batch_size: int = 0  # states of a batch that are rolled out; 0: all
     learning_rate: float = 3e-4  # step size of Adam
-    warmup: float = 0.0  # fraction of the steps, the first, that do not train V and Q
+    warmup: float = 0.0  # V and Q are not trained in this first fraction of the steps
     decay: bool = False  # after the warmup, let the learning rate fall linearly to zero
     ema_rate: float = 0.005  # target V moves this much towards V per step
     # data, logs, files
@@ -131,22 +131,22 @@ SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5
          "ema_rate": 0.02, "learning_rate": 1e-3, "decay": True, "steps": 16_000, "warmup": 0.5,
          "execute": 10, "log_interval": 250, "eval_interval": 2000, "eval_episodes": 20,
          "save_interval": 2000}
-# In play data the gripper is hardly ever beside what it is about to take, so the data show no
-# corrections of the aim; noisier plans do. In few steps a critic does not learn to rank proposals.
+# OGBench's scripts hardly ever miss what they take, so their data show no corrections. Noisier
+# scripts miss, and correct. A critic has too few steps to learn how to rank proposals.
 COMMON = {"collect_noise": 0.3, "critic": "model"}
-# A flow that begins at narrower noise has less of it to remove, and learns to aim in fewer steps;
-# 0.3 was the best of four widths.
+# A flow that begins at narrower noise has less of it to remove, and learns to aim in fewer steps.
+# Of four widths 0.3 was the best.
 GOALS = {**COMMON, "flow_noise": 0.3, "learning_rate": 3e-3, "execute": 3}
 CUBES = {**GOALS, "warmup": 0.6, "horizon": 6, "value_goals": (0.1, 0.7, 0.2, 0.0)}
-# Episodes are long. Whoever unlocks a drawer to shut it has less reward for 100 steps. With a
-# discount of 0.99 this loss exceeds the later gain, so V would rather do nothing.
+# Episodes are long. To shut a locked drawer, a button is pressed first, and that costs reward for
+# 100 steps. With a discount of 0.99 the cost exceeds the later gain, so V prefers to wait.
 SCENE = {"discount": 0.995, "horizon": 10}
 SMALL_TASKS = {  # by what ids begin with
     "cube-single-play-v0": {**CUBES, "collect": 200, "steps": 15_000},
     "cube-double-play-v0": {**CUBES, "collect": 1000, "steps": 50_000, "eval_interval": 10_000,
                             "eval_episodes": 10},
     # The policy must aim well before V is worth learning: a long warmup with large steps. A cube
-    # within 2 cm (0.2) of its goal is there: it may begin 1 cm off, and need not move.
+    # within 2 cm (0.2) of its goal counts as there: a task may begin with it 1 cm off.
     "scene-play-v0": {**GOALS, **SCENE, "collect": 500, "steps": 64_000, "warmup": 0.7,
                       "learning_rate": 1e-2, "flow_steps": 5,
                       "tolerance": (0.2, 0.2, 0.2, 0.5, 0.5, 0.36, 0.3),
@@ -200,7 +200,7 @@ class Batch(NamedTuple):
 
 class ChunkDataset:
     """support.data.Trajectories, from which batches of action chunks are drawn. Arrays stay raw and
-    are not copied on a CPU. The index has an entry per trajectory, none per row. `columns` lists
+    are not copied on a CPU. The index needs memory per trajectory, not per row. `columns` lists
     the G coordinates of an observation that make it a goal."""
 
     def __init__(self, trajectories, columns, config, device="cpu"):
@@ -210,8 +210,7 @@ class ChunkDataset:
         self.config, self.terminated = config, terminated & config.terminations
         begins = F.pad(self.ends[:-1] + 1, (1, 0))
         # A chunk may start wherever n actions and a state follow, the last such place included.
-        # Where the task ended, it may start later, up to the last action, and is then padded;
-        # `valid` is 1 where an action was logged.
+        # If the task ended, it may also start in the last n - 1 steps; the rest is then padding.
         self.last_starts = self.ends - torch.where(self.terminated, 1, config.chunk)  # (K,)
         count = (self.last_starts - begins + 1).clamp(min=0)  # (K,) starts of each trajectory
         self.starts_up_to = count.cumsum(0)  # (K,) starts up to and including this one
@@ -273,9 +272,9 @@ class ChunkDataset:
         )
 
     def sample_goals(self, start, last, odds, generator, first_state=0):
-        """Indices (B,) of goal states. `odds` are those of the state itself, of the state
-        k ~ Geom(1 - gamma) steps ahead (at most `last`, the trajectory's end), of a uniformly
-        drawn later state up to `last`, and of any state of the data or window."""
+        """Indices (B,) of goal states. `odds` are of four kinds of goal: the state itself; the
+        state k ~ Geom(1 - gamma) steps ahead, at most `last`; a uniformly drawn later state, at
+        most `last`; any state of the data or window. `last` is the end of the trajectory."""
         kind, u, v = torch.rand(3, len(start), generator=generator, device=start.device)
         left = last - start
         geometric = (torch.log(u) / math.log(self.config.discount)).floor() + 1
@@ -285,10 +284,10 @@ class ChunkDataset:
         random = torch.randint(min(self.config.window or count, count), (len(start),),
                                generator=generator, device=start.device)
         random = (random + first_state) % count
-        current, near, future, _ = np.cumsum(odds) / sum(odds)  # cumulative odds
-        goal = torch.where(kind < future, uniform, random)
-        goal = torch.where(kind < near, geometric, goal)
-        return torch.where(kind < current, start, goal)
+        up_to_current, up_to_geometric, up_to_uniform, _ = np.cumsum(odds) / sum(odds)
+        goal = torch.where(kind < up_to_uniform, uniform, random)
+        goal = torch.where(kind < up_to_geometric, geometric, goal)
+        return torch.where(kind < up_to_current, start, goal)
 
 
 # -------------------------------------------------------------------------------- networks
@@ -301,7 +300,7 @@ class Normalizer(nn.Module):
         self.register_buffer("middle", torch.zeros(width))
         self.register_buffer("scale", torch.ones(width))
 
-    def fit(self, data):  # (T, width)
+    def fit(self, data):  # (rows, width)
         low, high = data.amin(0), data.amax(0)
         self.middle.copy_((low + high) / 2)
         self.scale.copy_((high - low) / 2 + 1e-3)  # as in the published code; never 0
@@ -345,11 +344,9 @@ class Outcome(MLP):
         """Squared error of the reward, cross-entropy of the others. -> {name: loss}"""
         truth = {"reward": batch.reward, "termination": batch.terminated, "success": batch.success}
         outputs = self(batch.observation, batch.chunk, batch.value_goal).unbind(-1)
-        losses = {}
-        for name, output in zip(self.names, outputs):
-            loss = F.mse_loss if name == "reward" else F.binary_cross_entropy_with_logits
-            losses[name] = loss(output, truth[name])
-        return losses
+        error = {"reward": F.mse_loss}
+        return {name: error.get(name, F.binary_cross_entropy_with_logits)(output, truth[name])
+                for name, output in zip(self.names, outputs)}
 
     def predict(self, observation, chunk, goal):
         """-> reward (...), mask (...): 0 where the goal is met or the task ends, 1 elsewhere. With
@@ -442,19 +439,21 @@ class Rollout(NamedTuple):
 def returns(rewards, masks, final_value, discount):
     """R_k = r_k + discount m_k R_{k+1}, with R_H the value of the last state (Eq. 10).
     (H, B), (H, B), (B,), the discount of a chunk -> (H, B)"""
-    result = [final_value]
+    value, result = final_value, []
     for reward, mask in zip(reversed(rewards), reversed(masks)):
-        result.append(reward + discount * mask * result[-1])
-    return torch.stack(result[:0:-1])  # in the order of time, without the final value
+        value = reward + discount * mask * value
+        result.append(value)
+    return torch.stack(result[::-1])
 
 
 class Agent(nn.Module):
     """The networks of MAC and what they compute together. Methods take normalised observations and
     goals unless they say "raw". `columns` lists the G coordinates of an observation that make it a
-    goal, none where a reward fixes the task; `terminations`: whether tasks end in the data."""
+    goal, none where a reward fixes the task. `config.terminations`: whether tasks end in the data.
+    """
     presets = {}  # settings that a subclass needs
 
-    def __init__(self, observation_size, action_size, columns, config, terminations=False):
+    def __init__(self, observation_size, action_size, columns, config):
         super().__init__()
         self.config, self.sizes = config, (observation_size, action_size)
         self.chunk_discount = config.discount ** config.chunk
@@ -464,8 +463,7 @@ class Agent(nn.Module):
         self.policy = POLICIES[config.policy](observation_size, goal_size, chunk_size, config)
         self.dynamics = MLP(observation_size + chunk_size, observation_size, config.width)
         inputs = observation_size + chunk_size + goal_size
-        self.terminations = terminations and config.terminations
-        names = ("success",) if columns else ("reward", "termination")[:1 + self.terminations]
+        names = ("success",) if columns else ("reward", "termination")[:1 + config.terminations]
         self.outcome = Outcome(inputs, names, config.width)
         self.critic = MLP(inputs, None, config.width) if config.critic == "network" else None
         self.value = MLP(observation_size + goal_size, None, config.width)
@@ -536,7 +534,7 @@ class Agent(nn.Module):
         return Rollout(observations, chunks, rewards, masks, goals)
 
     def model_losses(self, batch):
-        """Eq. 5 and 6, on logged chunks."""
+        """Eq. 5, and Eq. 6 or success (A.1), on the batch's chunks."""
         prediction = self.next_observation(batch.observation, batch.chunk)
         return {"dynamics": F.mse_loss(prediction, batch.next_observation),
                 **self.outcome.loss(batch)}
@@ -559,7 +557,7 @@ class Agent(nn.Module):
         """-> the losses of a raw batch, whose sum is minimised, and the rollout. With `model_only`
         (the warmup) neither V nor Q is trained, and the rollout is None."""
         batch = self.normalize(batch)
-        if self.terminations:
+        if self.config.terminations:
             batch = self.fill(batch, generator)
         losses = {**self.policy.loss(batch, generator), **self.model_losses(batch)}
         if model_only:
@@ -628,25 +626,25 @@ class Training:
     def __init__(self, config, device, training, validation, columns):
         self.config, self.device = config, device
         torch.manual_seed(config.seed)
-        terminations = bool(training.terminated.any())
-        # The agent's config has this process's share of the batch sizes, the run's has the whole.
-        share = dataclasses.replace(config, **devices.share(
-            batch_size=config.batch_size, rollout_batch_size=config.rollout_batch_size))
+        # The run's config has the whole batch, the agent's this process's share of it. What no
+        # training data show cannot be learned.
+        config = dataclasses.replace(
+            config, terminations=config.terminations and bool(training.terminated.any()),
+            **devices.share(batch_size=config.batch_size,
+                            rollout_batch_size=config.rollout_batch_size))
         self.agent = AGENTS.get(config.policy, Agent)(
-            training.observations.shape[1], training.actions.shape[1], columns, share, terminations)
+            training.observations.shape[1], training.actions.shape[1], columns, config)
         limits = training.observations if training.limits is None else training.limits
         self.agent.normalizer.fit(torch.as_tensor(limits))
         self.agent.to(device)
         place = devices.device_of_data(device, training, validation)
-        # What no training data show cannot be predicted in validation.
-        validation = validation._replace(terminated=validation.terminated & terminations)
         self.dataset, self.validation = (ChunkDataset(trajectories, columns, config, place)
                                          for trajectories in (training, validation))
         self.optimizer = make_optimizer(self.agent)
         self.generators = devices.make_generators((config.seed, devices.RANK), place, device)
         self.warmup_steps = int(config.warmup * config.steps)
-        self.step, self.saved, self.losses, self.headline, self.logs = 0, 0, {}, [], None
-        devices.choose_threads(self.validate, device)
+        self.step, self.saved, self.losses, self.logs = 0, 0, {}, None
+        devices.choose_threads(self.validate, device)  # by the time that a validation takes
 
     def restore(self, checkpoint):
         """Continue from a checkpoint. A random stream whose device changed begins anew."""
@@ -733,8 +731,7 @@ class Training:
         row.update({f"val_{name}": value.item() for name, value in validation.items()})
         self.logs.add("train", [{"step": self.step, **row}])
         watched = [name for name in ("dynamics", "value", "critic") if name in now]
-        bar.set_postfix_str(", ".join([f"{name} {now[name]:.3g}" for name in watched]
-                                      + self.headline), refresh=False)
+        bar.set_postfix_str(", ".join(f"{name} {now[name]:.3g}" for name in watched), refresh=False)
 
     def check_finite(self):
         """Raises MacError, status 3, if a loss or a parameter of any process is not finite."""
@@ -745,7 +742,7 @@ class Training:
                            f"step {self.saved}; start anew with a smaller --learning-rate", 3)
 
     def evaluate(self, world, stop, count, seed, execute, candidates, log=False):
-        """Process 0 plays `count` episodes of every task. After a stop, --resume repeats all."""
+        """Process 0 plays `count` episodes of every task. If it is stopped, --resume repeats it."""
         if devices.RANK:
             return
         results = episodes.play(world, self.agent.eval(), count, seed, execute, candidates,
@@ -754,9 +751,9 @@ class Training:
         if results is None:
             return
         table = episodes.summarize(results)
-        self.headline = [episodes.headline(table["overall"])]
-        say(f"step {self.step}: {self.headline[0]} ({table['overall']['episodes']} episodes, "
-            f"{execute} of each chunk executed, N = {candidates})")
+        say(f"step {self.step}: {episodes.headline(table['overall'])} "
+            f"({table['overall']['episodes']} episodes, {execute} of each chunk executed, "
+            f"N = {candidates})")
         if log:
             self.logs.add("eval", [{"step": self.step, "task": name, **row}
                                    for name, row in table.items()])
@@ -791,10 +788,10 @@ def train(config, folder, checkpoint=None):
     facts = {"sizes": [array.shape[1] for array in training[:2]], "columns": world.columns,
              "terminations": bool(training.terminated.any()), "box": world.box,
              "fingerprint": data.fingerprint(training), "data": name, "source": source}
-    for name, before in checkpoint["facts"].items() if checkpoint else ():
-        if facts[name] != before:
+    for fact, before in (checkpoint["facts"] if checkpoint else facts).items():
+        if facts[fact] != before:
             raise MacError("the data or the simulator are not those of this run: the "
-                           f"{name} was {before} and is {facts[name]}")
+                           f"{fact} was {before} and is {facts[fact]}")
     description = json.dumps({**dataclasses.asdict(config), "facts": facts}, indent=2)
     say(description)
     run = Training(config, device, training, validation, world.columns)
@@ -826,11 +823,12 @@ def load(run, device="cpu"):
     checkpoint = runs.load_checkpoint(pathlib.Path(run), device)
     with runs.must_fit(run):
         config, facts = Config(**checkpoint["config"]), checkpoint["facts"]
-        agent = AGENTS.get(config.policy, Agent)(*facts["sizes"], facts["columns"], config,
-                                                 facts["terminations"])
+        config = dataclasses.replace(config, terminations=config.terminations
+                                     and facts["terminations"])
+        agent = AGENTS.get(config.policy, Agent)(*facts["sizes"], facts["columns"], config)
         agent.load_state_dict(checkpoint["agent"])
         agent.step, agent.facts = checkpoint["step"], facts
-    return agent.float().to(device).eval()  # float: whatever the default type is
+    return agent.float().to(device).eval()  # float32, also if the default is float64
 
 
 # What --resume may change. `steps` (with --decay) and `device` (other noise) change the parameters.

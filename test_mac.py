@@ -236,7 +236,7 @@ def test_distillation_fits_the_clipped_teacher_and_gives_it_no_gradient(padded, 
 
 def make_agent(goal=2, terminations=False, **settings):
     torch.manual_seed(1)
-    return mac.Agent(4, 2, list(range(goal)), config(**settings), terminations)
+    return mac.Agent(4, 2, list(range(goal)), config(terminations=terminations, **settings))
 
 
 def trajectories(terminated=False):
@@ -424,7 +424,7 @@ def test_terminations_are_learned_when_the_data_have_them(in_data, wanted, goal,
 @pytest.mark.parametrize("terminations", [False, True])
 def test_models_see_scaled_data_and_are_not_told_of_an_end_by_what_follows_it(terminations):
     seen, columns = {}, [2, 0]
-    agent = mac.Agent(4, 2, columns, config(), terminations)
+    agent = mac.Agent(4, 2, columns, config(terminations=terminations))
     states = torch.randn(60, 4) * torch.tensor([1.0, 100.0, 0.0, 1.0]) + 5
     agent.normalizer.fit(states)
     middle = (states.amax(0) + states.amin(0)) / 2
@@ -498,7 +498,7 @@ def test_an_update_gives_the_published_codes_numbers(case, monkeypatch):
     goal = 3 if case == "gc" else 0
     settings = mac.Config(width=16, chunk=shared["n"], horizon=shared["H"], flow_steps=10,
                           candidates=shared["N"], discount=shared["gamma"], ema_rate=shared["tau"],
-                          learning_rate=shared["lr"])
+                          learning_rate=shared["lr"], terminations=False)
     agent = mac.Agent(7, 2, list(range(goal)), settings)
     agent.normalize = lambda batch: batch  # theirs is normalised
     outcome = "success" if goal else "reward"

@@ -12,7 +12,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # where mac.py is
 import mac
 from eval import picture
-from support import console, files, worlds
+from support import console, worlds
 
 
 @torch.no_grad()
@@ -50,8 +50,6 @@ def main(argv):
         world = worlds.find_world(agent.config.env, agent.config.goal, agent.config.data)
         _, validation = world.data(agent.facts["data"], agent.config)
         curve = model_error(agent, validation, args.steps)
-        lines = [f"{steps},{error}\n" for steps, error in [("steps", "mse"), *curve]]
-        files.write(run / "model_error.csv", "".join(lines).encode())
         label = f"n = {agent.config.chunk}, {run}"
         curves[label] = curve[1:]
         console.say(label + "".join(f", {steps} steps {error:.4g}" for steps, error in curve[1:]))

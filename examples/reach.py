@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # where mac.py is
 import mac
 from eval import picture
-from support import console, files, worlds
+from support import console, worlds
 
 
 @torch.no_grad()
@@ -71,8 +71,6 @@ def main(argv):
             if (means := reach(agent, dataset, distance))]
     if not rows:
         raise mac.MacError("no validation state comes before a goal (or a rise of the reward)")
-    text = "".join(",".join(map(str, row)) + "\n" for row in [names, *rows])
-    files.write(args.run / "reach.csv", text.encode())
     console.say("".join(f"{name:>10}" for name in names))
     for row in rows:
         console.say("".join(f"{number:10.4g}" for number in row))
