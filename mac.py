@@ -820,7 +820,7 @@ def train(config, folder, checkpoint=None):
 
 def load(run, device="cpu"):
     """The agent of a run folder, with its `step` and the `facts` of `train`. Raises MacError."""
-    checkpoint = runs.load_checkpoint(pathlib.Path(run), device)
+    checkpoint = runs.load_checkpoint(pathlib.Path(run))
     with runs.must_fit(run):
         config, facts = Config(**checkpoint["config"]), checkpoint["facts"]
         config = dataclasses.replace(config, terminations=config.terminations

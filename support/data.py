@@ -105,7 +105,9 @@ def map_flat(folder):
 
 def as_batch(name, given, *widths):
     """Finite numbers (width,) or (B, width) as a float32 tensor (B, width). Raises MacError."""
-    # NumPy takes no tensor of a GPU, with a gradient or of bfloat16; lists it takes.
-    array = np.atleast_2d(given.tolist() if isinstance(given, torch.Tensor) else given)
+    if isinstance(given, torch.Tensor):
+        given = given.detach().cpu()
+        given = given.double() if given.is_floating_point() else given  # NumPy lacks bfloat16
+    array = np.atleast_2d(given)
     width = array.shape[-1] if array.shape[-1] in widths else widths[0]
     return torch.tensor(np.ascontiguousarray(check("act", name, array, (None, width))))

@@ -21,14 +21,14 @@ def save_checkpoint(folder, state):
     write(folder / "checkpoint.pt", buffer.getbuffer(), folder / "checkpoint-previous.pt")
 
 
-def load_checkpoint(folder, device="cpu"):
+def load_checkpoint(folder):
     """The newest whole checkpoint of a run folder; code in it is never run. Raises MacError."""
     for path in (folder / "checkpoint.pt", folder / "checkpoint-previous.pt"):
         if path.exists():
             data = path.read_bytes()
             if hashlib.sha256(data[:-32]).digest() == data[-32:]:
                 with must_fit(folder):
-                    return torch.load(io.BytesIO(data[:-32]), device, weights_only=True)
+                    return torch.load(io.BytesIO(data[:-32]), "cpu", weights_only=True)
             say(f"WARNING: {path} is damaged")
     raise MacError(f"{folder} holds no checkpoint that is whole: is it a run folder of mac.py?")
 
