@@ -177,14 +177,19 @@ def test_euler_on_fields_with_known_solutions():
     assert torch.equal(clock.flow(None, None, x_0 + 9, 8), torch.ones(6, 4))
 
 
-@pytest.mark.parametrize("padded, sigma", [(False, 1.0), (True, 1.0), (True, 0.3)])
-def test_flow_matching_target_and_path(padded, sigma):
+@pytest.mark.parametrize("padded, sigma, center", [(0, 1, 0), (1, 1, 0), (1, 0.3, 0), (1, 0.3, 1)])
+def test_flow_matching_target_and_path(padded, sigma, center):
     seen, batch = {}, toy_batch(torch.rand(6, 4) * 2 - 1, padded)
-    policy = flow_policy(lambda x, t: seen.update(x=x, t=t) or 0 * x + 0.5, flow_noise=sigma)
-    loss, z = policy.flow_loss(batch, generator(3)), torch.randn(6, 4, generator=generator(3))
-    x_0 = sigma * z
-    error = (batch.chunk - x_0 - 0.5)[batch.valid == 1]  # padding does not count
-    assert torch.isclose(loss, error.square().sum() / 24)
+    policy = flow_policy(lambda x, t: seen.update(x=x, t=t) or x + 0.5, flow_noise=sigma,
+                         center=center)
+    losses = policy.flow_losses(batch, generator(3))
+    mean = policy.center(batch.observation, batch.actor_goal).detach() if center else 0
+    x_0, kept = sigma * torch.randn(6, 4, generator=generator(3)) + mean, batch.valid == 1
+    error = (batch.chunk - x_0 - seen["x"] - 0.5)[kept]  # padding does not count
+    assert torch.isclose(losses["flow"], error.square().sum() / 24)
+    if center:  # is regressed; the flow gives it no gradient
+        assert torch.isclose(losses["center"], (batch.chunk - mean)[kept].square().sum() / 24)
+        assert not losses["flow"].requires_grad
     t = seen["t"]
     assert torch.allclose(seen["x"], x_0 + t * (batch.chunk - x_0), atol=1e-6)
     assert t.shape == (6, 1) and 0 <= t.min() and t.max() <= 1
@@ -210,12 +215,13 @@ def test_a_flow_keeps_two_modes(sigma):
         assert min(near) > 0.35 and (abs(sample) < 0.3).float().mean() < 0.1
 
 
-@pytest.mark.parametrize("padded, sigma", [(False, 1), (True, 1), (True, 0.7)])
-def test_distillation_fits_the_clipped_teacher_and_gives_it_no_gradient(padded, sigma):
-    policy = flow_policy(flow_steps=3, eval_flow=True, flow_noise=sigma)
+@pytest.mark.parametrize("padded, sigma, center", [(0, 1, 0), (1, 1, 0), (1, 0.7, 0), (1, 0.7, 1)])
+def test_distillation_fits_the_clipped_teacher_and_gives_it_no_gradient(padded, sigma, center):
+    policy = flow_policy(flow_steps=3, eval_flow=True, flow_noise=sigma, center=center)
     batch = toy_batch(torch.rand(6, 4) * 2 - 1, padded)
     loss, z = policy.loss(batch, generator(1))["distill"], torch.randn(6, 4, generator=generator(1))
-    x = x_0 = sigma * z
+    mean = policy.center(batch.observation, batch.actor_goal) if center else 0
+    x = x_0 = sigma * z + mean
     with torch.no_grad():
         for i in range(3):
             t = torch.full((6, 1), i / 3)
@@ -558,7 +564,7 @@ def test_an_update_gives_the_published_codes_numbers(case, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("goal, host, settings", [
     (0, False, {}), (2, False, {}), (0, True, {}), (2, True, {}),
-    (2, False, {"flow_noise": 0.3, "critic": "model"})])
+    (2, False, {"flow_noise": 0.3, "center": True, "critic": "model"})])
 def test_cuda_graph_agrees_with_eager_updates(goal, host, settings):
     """Through a warmup and after it, with a changing learning rate and validation in between."""
     device, results, columns = torch.device("cuda"), [], list(range(goal))
@@ -648,15 +654,15 @@ def test_settings_follow_the_environment():
     assert (small.eval_flow, small.decay, small.eval_episodes, small.execute) == (False, True, 3, 5)
     assert not resume and not updates
     for env, goal, *expected in (
-            ("cube-double-play", "task", 1000, 0.3, 0.99, 0),
-            ("cube-double-play-oraclerep", "task", 1000, 0.3, 0.99, 0),
-            ("cube-double-play", "observation", 100, 1, 0.99, 0),
-            ("cube-double-play-singletask-task3", "task", 100, 1, 0.99, 0),
-            ("cube-triple-play", "task", 100, 1, 0.99, 0),
-            ("scene-play", "task", 500, 0.3, 0.995, 7),
-            ("scene-play-singletask", "task", 300, 1, 0.995, 0)):
+            ("cube-double-play", "task", 1000, 0.3, True, 0.99, 0),
+            ("cube-double-play-oraclerep", "task", 1000, 0.3, True, 0.99, 0),
+            ("cube-double-play", "observation", 100, 1, False, 0.99, 0),
+            ("cube-double-play-singletask-task3", "task", 100, 1, False, 0.99, 0),
+            ("cube-triple-play", "task", 100, 1, False, 0.99, 0),
+            ("scene-play", "task", 500, 0.3, False, 0.995, 7),
+            ("scene-play-singletask", "task", 300, 1, False, 0.995, 0)):
         c = mac.settings(env=f"{env}-v0", small=True, goal=goal)
-        assert [c.collect, c.flow_noise, c.discount, len(c.tolerance)] == expected
+        assert [c.collect, c.flow_noise, c.center, c.discount, len(c.tolerance)] == expected
 
 
 def test_a_task_with_a_reward_has_no_goals():

@@ -24,10 +24,10 @@ class OneStepPolicy(mac.FlowPolicy):
         del self.one_step
 
     def loss(self, batch, generator):
-        return {"flow": self.flow_loss(batch, generator)}
+        return self.flow_losses(batch, generator)
 
     def decode(self, observation, goal, z):
-        return self.flow(observation, goal, self.config.flow_noise * z, steps=1)
+        return self.flow(observation, goal, self.begin(observation, goal, z), steps=1)
 
 
 class GaussianPolicy(mac.Policy):

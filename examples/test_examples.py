@@ -127,7 +127,7 @@ def test_onestep_is_the_flow_policy_with_one_euler_step():
     given = batch.observation, batch.actor_goal
     expected = (z + flow.velocity(*given, z, torch.zeros(9, 1))).clamp(-1, 1)
     assert torch.equal(one.propose(*given, generator(3)), expected)
-    assert one.loss(batch, generator(4)) == {"flow": flow.flow_loss(batch, generator(4))}
+    assert one.loss(batch, generator(4)) == flow.flow_losses(batch, generator(4))
 
 
 @pytest.mark.parametrize("weight, settings", [
