@@ -2,7 +2,6 @@
 
     python mac.py --env cube-double-play-v0                       # the paper's settings
     python mac.py --env cube-single-play-singletask-v0 --small    # minutes on a laptop CPU
-    torchrun --nproc-per-node 8 mac.py --env cube-double-play-v0  # on eight GPUs (not tested)
     python eval.py exp/<run>                                      # success table; --video, --plot
 
 The algorithm, and the function of each step (equation numbers are the paper's):
@@ -331,8 +330,7 @@ class MLP(nn.Module):
 
 class Outcome(MLP):
     """Predicts what a chunk brings, an output for each of `names`: ("reward",) (Eq. 6), ("reward",
-    "termination") if tasks end in the data, or ("success",) (A.1). Success and termination are
-    logits."""
+    "termination") if tasks end in the data, or ("success",) (A.1). All but rewards are logits."""
 
     def __init__(self, inputs, names, width):
         super().__init__(inputs, len(names), width)
@@ -342,9 +340,8 @@ class Outcome(MLP):
         """Squared error of the reward, cross-entropy of the others. -> {name: loss}"""
         truth = {"reward": batch.reward, "termination": batch.terminated, "success": batch.success}
         outputs = self(batch.observation, batch.chunk, batch.value_goal).unbind(-1)
-        error = {"reward": F.mse_loss}
-        return {name: error.get(name, F.binary_cross_entropy_with_logits)(output, truth[name])
-                for name, output in zip(self.names, outputs)}
+        return {name: (F.mse_loss if name == "reward" else F.binary_cross_entropy_with_logits)(
+            output, truth[name]) for name, output in zip(self.names, outputs)}
 
     def predict(self, observation, chunk, goal):
         """-> reward (...), mask (...): 0 where the goal is met or the task ends, 1 elsewhere. With
@@ -454,10 +451,9 @@ def returns(rewards, masks, final_value, discount):
 
 
 class Agent(nn.Module):
-    """The networks of MAC and what they compute together. Methods take normalised observations and
-    goals unless they say "raw". `columns` lists the G coordinates of an observation that make it a
-    goal, none where a reward fixes the task. `config.terminations`: whether tasks end in the data.
-    """
+    """The networks of MAC and what they compute. Methods take normalised observations and goals
+    unless they say "raw". `columns` lists the G coordinates of an observation that make it a goal,
+    none where a reward fixes the task. `config.terminations`: whether tasks end in the data."""
     presets = {}  # settings that a subclass needs
 
     def __init__(self, observation_size, action_size, columns, config):

@@ -17,7 +17,7 @@ def main(argv):
                         "or more, in percent; blank where unknown")
     parser.add_argument("out", help="picture to write, .png")
     args = parser.parse_args(argv)
-    with table(args.table) as rows, picture(args.out, 9, 0.6 * len(rows) + 1, 1) as panel:
+    with table(args.table) as rows, picture(args.out, 9, 0.6 * len(rows) + 2, 1) as panel:
         names = [name for name in rows[0] if name + " ±" in rows[0]]
         thick = 0.8 / len(names)
         for i, name in enumerate(names):
@@ -25,9 +25,9 @@ def main(argv):
                      float(row[name + " ±"] or 0)) for place, row in enumerate(rows) if row[name]]
             at, success, error = zip(*bars)
             panel.barh(at, success, thick, xerr=error, label=name)
-        panel.set(xlabel="success, percent", yticks=range(len(rows)), xlim=(0, 100),
-                  yticklabels=[row["task"] for row in rows])
-        panel.invert_yaxis()
+        panel.set(xlabel="success, percent", xlim=(0, 100), yticks=range(len(rows)),
+                  yticklabels=[row["task"] for row in rows],
+                  ylim=(len(rows) + 1, -0.5))  # downwards, with room for the legend
 
 
 if __name__ == "__main__":
