@@ -14,12 +14,12 @@ The algorithm, and the function of each step (equation numbers are the paper's):
     6. update                 target V by EMA, one optimizer step on the sum of all losses
 
 Shapes: B batch, N candidates (Algorithm 1 has M), H rollout length in chunks, n chunk length,
-O observation, A action, G goal (0 where a reward fixes the task), D = n A the flattened chunk;
+O observation, A action, G goal (0 in reward-based tasks), D = n A the flattened chunk;
 T dataset states, K trajectories. a_{t:t+n} are the n actions from a_t on. z is noise of N(0, I),
 x_0 the beginning of the flow (u = 0). Networks see states and goals scaled to [-1, 1]. A batch is
 raw until `Agent.normalize`; arguments of `act` are raw.
 
-Where this file follows the authors' published code, because the paper differs or is silent:
+Main points where this file follows the authors' code, as the paper differs or is silent:
     - the noised chunk is (1-u) z + u a: Eq. 7 swaps z and a, the text below it does not;
     - the dynamics network predicts the change of state;
     - in reward-based tasks a chunk's reward is the *mean* of its n discounted rewards, not the
@@ -66,7 +66,7 @@ class Config:
 
     env: str = "cube-double-play-v0"  # OGBench id; with --data a gymnasium id
     data: str = ""  # own trajectories: .npz, .hdf5 or a folder of them (README)
-    seed: int = 0  # seed of parameters, batches and noise
+    seed: int = 0  # seed of training and of evaluations
     steps: int = 1_000_000  # gradient steps; goal-conditioned 2M
     device: Literal["auto", "cpu", "cuda"] = "auto"  # where to train
     small: bool = False  # laptop preset (SMALL in mac.py): small networks, collected data
@@ -81,10 +81,10 @@ class Config:
     center: bool = False  # let the flow begin around a regressed chunk (not in the paper)
     eval_flow: bool = False  # at test time propose by the flow itself, not by its distillation
     policy: str = "flow"  # behaviour policy, by its name in POLICIES
-    critic: Literal["network", "model"] = "network"  # model: Q is Eq. 11's target (not the paper's)
+    critic: Literal["network", "model"] = "network"  # model: Eq. 11's right side (not in the paper)
     discount: float = 0.999  # gamma per environment step
     chunk_reward: Literal["mean", "sum"] = "mean"  # of a chunk's n discounted rewards
-    terminations: bool = True  # learn where the task ends, if the data have such ends
+    terminations: bool = True  # learn terminations, if the data have any
     goal: Literal["task", "observation"] = "task"  # a goal: the task's coordinates, or all
     value_goals: tuple = (0.2, 0.0, 0.5, 0.3)  # odds that a value goal is the current / a geometric
                                                # future / a uniform future / a random state
@@ -123,23 +123,23 @@ class Config:
 
 
 # Tuned on two cores. V has few steps to learn: smaller discount and horizon, larger EMA rate.
-# Rollouts in bad models are wasted: warmup. Distillation stays coarse: the flow itself proposes.
+# Rollouts in bad models are wasted: warmup. Coarse distillation: at test time the flow proposes.
 SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5, "candidates": 4,
          "eval_candidates": 16, "flow_steps": 3, "eval_flow": True, "discount": 0.99,
          "ema_rate": 0.02, "learning_rate": 1e-3, "decay": True, "steps": 16_000, "warmup": 0.5,
          "execute": 10, "log_interval": 250, "eval_interval": 2000, "eval_episodes": 20,
          "save_interval": 2000}
 # OGBench's scripts hardly ever miss what they take, so their data show no corrections. Noisier
-# scripts miss, and correct. A critic has too few steps to learn how to rank proposals.
+# scripts miss, and correct. Here a critic has too few steps to learn how to rank proposals.
 COMMON = {"collect_noise": 0.3, "critic": "model"}
-# A flow learns to aim in fewer steps if it begins at narrower noise (of four widths 0.3 was the
-# best), and for two cubes also around a chunk that a network of its own regresses.
+# A flow learns to aim in fewer steps from smaller noise (of four values 0.3 was the best), for two
+# cubes also around a chunk that another network predicts (`center`).
 GOALS = {**COMMON, "flow_noise": 0.3, "learning_rate": 3e-3, "execute": 3}
 CUBES = {**GOALS, "warmup": 0.6, "horizon": 6, "value_goals": (0.1, 0.7, 0.2, 0.0)}
-# Episodes are long. To shut a locked drawer, a button is pressed first, and that costs reward for
-# 100 steps. With a discount of 0.99 the cost exceeds the later gain, so V prefers to wait.
+# Episodes are long. By reward, to shut a locked drawer costs reward for 100 steps: a button is
+# pressed first. With a discount of 0.99 the cost exceeds the later gain, so V prefers to wait.
 SCENE = {"discount": 0.995, "horizon": 10}
-SMALL_TASKS = {  # by what ids begin with
+SMALL_TASKS = {  # key: how the id begins
     "cube-single-play-v0": {**CUBES, "collect": 200, "steps": 15_000},
     "cube-double-play-v0": {**CUBES, "center": True, "collect": 1000, "steps": 50_000,
                             "eval_interval": 10_000, "eval_episodes": 10},
@@ -168,7 +168,7 @@ def settings(**given):
         result["actor_goals"] = (0.0, 0.0, 1.0, 0.0)
     if asked.small:
         result.update(SMALL, collect=100 if world.scripted else 0)
-        for name, task in SMALL_TASKS.items() if asked.goal == "task" else ():
+        for name, task in (SMALL_TASKS if asked.goal == "task" else {}).items():
             if asked.env.replace("-oraclerep", "").startswith(name):
                 result.update(task)
     result.update(AGENTS.get(asked.policy, Agent).presets, **given)
@@ -197,7 +197,7 @@ class Batch(NamedTuple):
 
 class ChunkDataset:
     """support.data.Trajectories, from which batches of action chunks are drawn. Arrays stay raw and
-    are not copied on a CPU. The index needs memory per trajectory, not per row. `columns` lists
+    are not copied on a CPU. What is kept about starts is (K,), not (T,). `columns` lists
     the G coordinates of an observation that make it a goal."""
 
     def __init__(self, trajectories, columns, config, device="cpu"):
@@ -290,7 +290,7 @@ class ChunkDataset:
 # -------------------------------------------------------------------------------- networks
 
 class Normalizer(nn.Module):
-    """Scales each coordinate to [-1, 1] by the data's minimum and maximum."""
+    """Scales the data's minimum and maximum to (nearly) -1 and 1."""
 
     def __init__(self, width):
         super().__init__()
@@ -308,8 +308,8 @@ class Normalizer(nn.Module):
 
 
 class MLP(nn.Module):
-    """Four hidden layers of Linear, GELU, LayerNorm, then Linear (Appendix A.1), of concatenated
-    inputs (a goal may have width 0) -> (..., outputs), or (...) if `outputs` is None."""
+    """Four times Linear, GELU, LayerNorm, then Linear (A.1, Table 8). Inputs are concatenated (a
+    goal may have width 0). -> (..., outputs), or (...) if `outputs` is None."""
 
     def __init__(self, inputs, outputs, width):
         super().__init__()
@@ -384,7 +384,7 @@ class FlowPolicy(Policy):
         self.center = MLP(inputs, chunk_size, config.width) if config.center else None
 
     def begin(self, observation, goal, z):
-        """x_0 (..., D) of noise z; with --center around a chunk that is regressed on the data's."""
+        """x_0 (..., D) from noise z; --center adds the chunk that `self.center` predicts."""
         x_0 = self.config.flow_noise * z
         return x_0 + self.center(observation, goal).detach() if self.center else x_0
 
@@ -397,8 +397,8 @@ class FlowPolicy(Policy):
         return x.clamp(-1, 1)
 
     def flow_losses(self, batch, generator):
-        """Eq. 7: regress the velocity a - x_0 at a random point x_u of the straight line from the
-        noise x_0 to the chunk a, both (B, D). Padding has no error. --center regresses a itself."""
+        """Eq. 7: regress the velocity at (1-u) x_0 + u a, u random, on a - x_0 (x_0, a: (B, D)).
+        Padding has no error. With --center, `self.center` is regressed on a."""
         observation, goal, a, valid = batch.observation, batch.actor_goal, batch.chunk, batch.valid
         x_0 = self.begin(observation, goal, self.noise(observation, generator))
         u = torch.rand(len(a), 1, generator=generator, device=a.device, dtype=a.dtype)
@@ -440,12 +440,12 @@ class Rollout(NamedTuple):
     goals: torch.Tensor  # (H, B, G) the same along a rollout
 
 
-def returns(rewards, masks, final_value, discount):
-    """R_k = r_k + discount m_k R_{k+1}, with R_H the value of the last state (Eq. 10).
-    (H, B), (H, B), (B,), the discount of a chunk -> (H, B)"""
+def returns(rewards, masks, final_value, chunk_discount):
+    """R_k = r_k + gamma^n m_k R_{k+1}, with R_H the value of the last state (Eq. 10).
+    (H, B), (H, B), (B,), gamma^n -> (H, B)"""
     value, result = final_value, []
     for reward, mask in zip(reversed(rewards), reversed(masks)):
-        value = reward + discount * mask * value
+        value = reward + chunk_discount * mask * value
         result.append(value)
     return torch.stack(result[::-1])
 
@@ -453,7 +453,7 @@ def returns(rewards, masks, final_value, discount):
 class Agent(nn.Module):
     """The networks of MAC and what they compute. Methods take normalised observations and goals
     unless they say "raw". `columns` lists the G coordinates of an observation that make it a goal,
-    none where a reward fixes the task. `config.terminations`: whether tasks end in the data."""
+    none in reward-based tasks. `config.terminations` is off if the data have no terminations."""
     presets = {}  # settings that a subclass needs
 
     def __init__(self, observation_size, action_size, columns, config):
@@ -486,7 +486,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def fill(self, batch, generator):
-        """Put the policy's proposal in place of padding: zeros would tell the models of the end."""
+        """Replace padding by the policy's proposal: zeros would reveal the termination."""
         proposal = self.policy.propose(batch.observation, batch.actor_goal, generator)
         return batch._replace(chunk=torch.where(batch.valid == 1, batch.chunk, proposal))
 
@@ -508,7 +508,7 @@ class Agent(nn.Module):
         return (self.critic or self.model_q)(observation, chunk, goal)
 
     def proposals(self, observation, goal, count, generator):
-        """N = `count` chunks of the policy (None: as at test time) for every state, and their Q.
+        """N = `count` chunks of the policy (None: `eval_candidates`) for each state, and their Q.
         -> (B, N, D), (B, N)"""
         count = self.config.eval_candidates if count is None else count
         if count < 1:
@@ -629,7 +629,7 @@ class Training:
     def __init__(self, config, device, training, validation, columns):
         self.config, self.device = config, device
         torch.manual_seed(config.seed)
-        # The agent's batch is this process's share. Ends that no data show are not learned.
+        # The agent's batch is this process's share. Without terminations in the data it has none.
         config = dataclasses.replace(
             config, terminations=config.terminations and bool(training.terminated.any()),
             **devices.share(batch_size=config.batch_size,
@@ -833,7 +833,7 @@ def load(run, device="cpu"):
     return agent.float().to(device).eval()  # float32, also if the default is float64
 
 
-# What --resume may change. `steps` (with --decay) and `device` (other noise) change the parameters.
+# What --resume may change; a new `device`, or `steps` with --decay, gives other final parameters.
 MAY_CHANGE = {"steps", "device", "log_interval", "eval_interval", "save_interval",
               "eval_episodes", "data", "dataset_dir", "cache_dir", "save_dir", "tensorboard"}
 
