@@ -149,7 +149,7 @@ SMALL_TASKS = {  # key: how the id begins
                       "learning_rate": 1e-2, "flow_steps": 5, "value_goals": (0.2, 0.35, 0.35, 0.1),
                       "tolerance": (0.2, 0.2, 0.2, 0.5, 0.5, 0.36, 0.3)},
     "scene-play-singletask": {**COMMON, **LONG, "collect": 300, "steps": 24_000},
-    # One button of many is to be pressed: many candidates. V learns to count presses near goals.
+    # One button of many is the right one: many candidates. V learns from goals that are near.
     ("puzzle-3x3-play-v0", "puzzle-4x4-play-v0"): {
         **AIM, "collect": 300, "steps": 24_000, "warmup": 0.4, "candidates": 16,
         "tolerance": (0.5,), "value_goals": (0.1, 0.8, 0.1, 0.0)}}
@@ -632,7 +632,7 @@ class Training:
     def __init__(self, config, device, training, validation, columns):
         self.config, self.device = config, device
         torch.manual_seed(config.seed)
-        # The agent's batch is this process's share. Without terminations in the data it has none.
+        # The agent's config has this process's share of a batch, and terminations only if data do.
         config = dataclasses.replace(
             config, terminations=config.terminations and bool(training.terminated.any()),
             **devices.share(batch_size=config.batch_size,

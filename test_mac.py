@@ -647,14 +647,14 @@ def test_settings_follow_the_environment():
         c = mac.settings(env=env)
         assert [c.width, c.batch_size, c.steps, c.candidates, c.actor_goals] == expected
     assert mac.settings(env="cube-double-play-v0", width=7).width == 7
-    given, resume, updates = mac.parse([
-        "--env", "cube-single-play-singletask-v0", "--small", "--no-eval-flow",
-        "--eval_episodes=3", "--chunk", "5"])
+    given, resume, updates = mac.parse("--env cube-single-play-singletask-v0 --small "
+                                       "--no-eval-flow --eval_episodes=3 --chunk 5".split())
     small = mac.settings(**given)
     assert (small.eval_flow, small.decay, small.eval_episodes, small.execute) == (False, True, 3, 5)
     assert not resume and not updates
     for env, goal, *expected in (
             ("cube-double-play", "task", 1000, 0.3, True, 0.99, 0),
+            ("cube-double-play-oraclerep", "task", 1000, 0.3, True, 0.99, 0),
             ("puzzle-4x4-play-oraclerep", "task", 300, 0.3, False, 0.99, 1),
             ("cube-double-play", "observation", 100, 1, False, 0.99, 0),
             ("cube-double-play-singletask-task3", "task", 1000, 0.3, True, 0.995, 0),
