@@ -311,8 +311,8 @@ class Normalizer(nn.Module):
 
 
 class MLP(nn.Module):
-    """Four times Linear, GELU, LayerNorm, then Linear (A.1, Table 8). Inputs are concatenated (a
-    goal may have width 0). -> (..., outputs), or (...) if `outputs` is None."""
+    """Four times Linear, GELU, LayerNorm, then Linear (A.1, Table 8). Inputs are broadcast to the
+    same rows and concatenated. -> (..., outputs), or (...) if `outputs` is None."""
 
     def __init__(self, inputs, outputs, width):
         super().__init__()
@@ -327,7 +327,8 @@ class MLP(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, *inputs):
-        x = self.output(self.hidden(torch.cat(inputs, -1)))
+        rows = torch.broadcast_shapes(*(x.shape[:-1] for x in inputs))
+        x = self.output(self.hidden(torch.cat([x.expand(*rows, -1) for x in inputs], -1)))
         return x.squeeze(-1) if self.scalar else x
 
 
@@ -359,8 +360,8 @@ class Outcome(MLP):
 # ----------------------------------------------------------------------------- behaviour policies
 
 class Policy(nn.Module):
-    """Base of policies. A policy has `loss(batch, generator)`, a dictionary of losses, and
-    `decode(observation, goal, z)`, a chunk (..., D) in [-1, 1] from noise z (..., D)."""
+    """A policy has `loss(batch, generator)`, a dictionary of losses, and `decode(observation, goal,
+    z)`, chunks in [-1, 1] of noise z (..., D). Rows broadcast: (B, 1, O), (B, 1, G), (B, N, D)."""
 
     def __init__(self, observation_size, goal_size, chunk_size, config):
         super().__init__()
@@ -516,9 +517,9 @@ class Agent(nn.Module):
         count = self.config.eval_candidates if count is None else count
         if count < 1:
             raise ValueError(f"{count} candidates, where at least one is needed")
-        observation = observation[:, None].expand(-1, count, -1)  # (B, N, O)
-        goal = goal[:, None].expand(-1, count, -1)  # (B, N, G)
-        chunks = self.policy.propose(observation, goal, generator)
+        observation, goal = observation[:, None], goal[:, None]  # (B, 1, O), (B, 1, G)
+        z = self.policy.noise(observation.expand(-1, count, -1), generator)  # (B, N, D)
+        chunks = self.policy.decode(observation, goal, z)
         return chunks, self.q(observation, chunks, goal)
 
     def best_of(self, observation, goal, count, generator):

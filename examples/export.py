@@ -28,9 +28,9 @@ class Acting(torch.nn.Module):
         # Copied, as `.float()` would be left out of a program that is traced with float32.
         observation, goal, z = (torch.zeros_like(x, dtype=torch.float32).copy_(x)
                                 for x in (observation, goal, z))
-        agent, n = self.agent, z.shape[0]
-        observation = agent.normalizer(observation).expand(n, -1)
-        goal = agent.normalizer(goal, agent.columns).expand(n, -1)
+        agent = self.agent
+        observation = agent.normalizer(observation)
+        goal = agent.normalizer(goal, agent.columns)
         chunks = agent.policy.decode(observation, goal, z)
         best = agent.q(observation, chunks, goal).argmax(0, keepdim=True)
         return chunks.index_select(0, best).view(agent.config.chunk, -1)

@@ -37,10 +37,8 @@ def reach(agent, dataset, distance, count=5000):
     batch = agent.normalize(dataset.batch(start, generator)._replace(value_goal=goal))
     state, chunk, goal = batch.observation, batch.chunk, batch.value_goal
     reward, mask = agent.outcome.predict(state, chunk, goal)
-    few = state[:500], goal[:500]
-    chunks, q = agent.proposals(*few, 16, generator)
-    many_states, many_goals = (x[:, None].expand(-1, 16, -1) for x in few)
-    taught = agent.model_q(many_states, chunks, many_goals)  # the target of Q
+    chunks, q = agent.proposals(state[:500], goal[:500], 16, generator)
+    taught = agent.model_q(state[:500, None], chunks, goal[:500, None])  # the target of Q
     agreement = torch.cosine_similarity(q - q.mean(1, True), taught - taught.mean(1, True))
     values = (agent.value(state, goal), agent.q(state, chunk, goal), 1 - mask if goals else reward,
               agreement[taught.amin(1) < taught.amax(1)])
