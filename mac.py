@@ -25,8 +25,8 @@ Main points where this file follows the authors' code, as the paper differs or i
     - in reward-based tasks a chunk's reward is the *mean* of its n discounted rewards, not the
       sum (`--chunk-reward sum`), so V and Q are 1/n of the paper's; the arg max is the same;
     - losses are means over coordinates, where the paper writes sums;
-    - a chunk succeeds if the goal is one of the n states that it acts in; the teacher of the
-      distillation is clamped to [-1, 1]; target V moves towards V as it was before the step;
+    - a chunk succeeds if the goal's index is in [t, t+n); proposals and the teacher of the
+      distillation are clamped to [-1, 1]; target V moves towards V as it was before the step;
     - at test time only the first action of a chunk is executed (`--execute`).
 Where it differs from that code: README.md, "Where it differs".
 """
@@ -80,18 +80,18 @@ class Config:
     center: bool = False  # let the flow begin around a regressed chunk (not in the paper)
     eval_flow: bool = False  # at test time propose by the flow itself, not by its distillation
     policy: str = "flow"  # behaviour policy, by its name in POLICIES
-    critic: Literal["network", "model"] = "network"  # model: Eq. 11's right side (not in the paper)
+    critic: Literal["network", "model"] = "network"  # model: Q = Eq. 11's target (not in the paper)
     discount: float = 0.999  # gamma per environment step
-    chunk_reward: Literal["mean", "sum"] = "mean"  # of a chunk's n discounted rewards
-    terminations: bool = True  # learn terminations, if the data have any
-    goal: Literal["task", "observation"] = "task"  # a goal: the task's coordinates, or all
-    value_goals: tuple = (0.2, 0.0, 0.5, 0.3)  # odds that a value goal is the current / a geometric
-                                               # future / a uniform future / a random state
-    actor_goals: tuple = (0.0, 1.0, 0.0, 0.0)  # the same for the goals of the cloned policy
+    chunk_reward: Literal["mean", "sum"] = "mean"  # of n discounted rewards; unused with goals
+    terminations: bool = True  # learn terminations, if the data have any (not in the paper)
+    goal: Literal["task", "observation"] = "task"  # a goal: a task's coordinates, or a whole state
+    value_goals: tuple = (0.2, 0.0, 0.5, 0.3)  # odds of V's and Q's goals: the current state, a
+                           # later one (geometric), a later one (uniform), any state of the data
+    actor_goals: tuple = (0.0, 1.0, 0.0, 0.0)  # the same for the goals of the behaviour policy
     tolerance: tuple = ()  # a chunk succeeds also if it begins within this distance of the goal:
                            # one number, or one for each goal coordinate, in raw units
     # networks and optimisation
-    width: int = 512  # hidden units in each of the 4 layers; goal-conditioned 1024
+    width: int = 512  # hidden units in each of 4 layers; goals 1024, puzzle-4x5 256
     batch_size: int = 256  # chunks per gradient step; goal-conditioned 1024
     rollout_batch_size: int = 0  # states of a batch that are rolled out; 0: all
     learning_rate: float = 3e-4  # step size of Adam
@@ -128,14 +128,14 @@ SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5
          "ema_rate": 0.02, "learning_rate": 1e-3, "decay": True, "steps": 16_000, "warmup": 0.5,
          "execute": 10, "log_interval": 250, "eval_interval": 2000, "eval_episodes": 20,
          "save_interval": 2000}
-# OGBench's scripts hardly ever miss what they take, so their data show no corrections. Noisier
-# scripts miss, and correct. Here a critic has too few steps to learn how to rank proposals.
+# OGBench's scripts hardly ever miss a grasp, so their data show no corrections. Noisier scripts
+# miss, and correct. With --small a critic has too few steps to learn how to rank proposals.
 COMMON = {"collect_noise": 0.3, "critic": "model"}
-# A flow learns to aim in fewer steps from smaller noise (of four values 0.3 was the best), for two
-# cubes also around a chunk that another network predicts (`center`).
+# A flow learns to aim in fewer steps from smaller noise (of four values 0.3 was the best). For two
+# cubes that noise is around a chunk that another network predicts (`center`).
 AIM = {**COMMON, "flow_noise": 0.3, "learning_rate": 3e-3, "execute": 3}
 CUBES = {**AIM, "warmup": 0.6, "horizon": 6, "value_goals": (0.1, 0.7, 0.2, 0.0)}
-# Long tasks. In scene, with 0.99, the cost of pressing a button first exceeds the later gain.
+# Long tasks. In scene, with 0.99, to press a button costs more than it gains later.
 LONG = {"discount": 0.995, "horizon": 10}
 SMALL_TASKS = {  # key: how the id begins
     "cube-single-play-v0": {**CUBES, "collect": 200, "steps": 15_000},
@@ -143,7 +143,7 @@ SMALL_TASKS = {  # key: how the id begins
                             "eval_interval": 10_000, "eval_episodes": 10},
     "cube-double-play-singletask": {**AIM, **LONG, "center": True, "collect": 1000, "warmup": 0.6,
                                     "steps": 20_000, "learning_rate": 1e-2, "flow_steps": 5},
-    # The policy must aim well before V is worth learning: a long warmup with large steps. A cube
+    # V is worth learning only when the policy aims well: a long warmup with large steps. A cube
     # within 2 cm (0.2) of its goal counts as there: a task may begin with it 1 cm off.
     "scene-play-v0": {**AIM, **LONG, "collect": 500, "steps": 64_000, "warmup": 0.7,
                       "learning_rate": 1e-2, "flow_steps": 5, "value_goals": (0.2, 0.35, 0.35, 0.1),
@@ -201,8 +201,8 @@ class Batch(NamedTuple):
 
 class ChunkDataset:
     """support.data.Trajectories, from which batches of action chunks are drawn. Arrays stay raw and
-    are not copied on a CPU. What is kept about starts is (K,), not (T,). `columns` lists
-    the G coordinates of an observation that make it a goal."""
+    are not copied on a CPU. Starts are counted by trajectory, not listed. `columns` lists
+    the G coordinates of an observation that form a goal."""
 
     def __init__(self, trajectories, columns, config, device="cpu"):
         arrays = [torch.as_tensor(array).to(device) for array in trajectories[:5]]
@@ -360,8 +360,8 @@ class Outcome(MLP):
 # ----------------------------------------------------------------------------- behaviour policies
 
 class Policy(nn.Module):
-    """A policy has `loss(batch, generator)`, a dictionary of losses, and `decode(observation, goal,
-    z)`, chunks in [-1, 1] of noise z (..., D). Rows broadcast: (B, 1, O), (B, 1, G), (B, N, D)."""
+    """Subclasses define `loss(batch, generator)` -> {name: loss} and `decode(observation, goal,
+    z)`: noise z (..., D) -> chunks in [-1, 1]. Rows broadcast: (B, 1, O), (B, 1, G), (B, N, D)."""
 
     def __init__(self, observation_size, goal_size, chunk_size, config):
         super().__init__()
@@ -378,7 +378,7 @@ class Policy(nn.Module):
 
 
 class FlowPolicy(Policy):
-    """MAC's policy: a flow of F steps (Eq. 7), distilled to a network of one step (Eq. 8)."""
+    """The behaviour policy: a flow of F steps (Eq. 7), distilled to a one-step network (Eq. 8)."""
 
     def __init__(self, observation_size, goal_size, chunk_size, config):
         super().__init__(observation_size, goal_size, chunk_size, config)
@@ -393,7 +393,7 @@ class FlowPolicy(Policy):
         return x_0 + self.center(observation, goal).detach() if self.center else x_0
 
     def flow(self, observation, goal, x_0, steps=None):
-        """Follow the velocity from x_0 (..., D) at u = 0 to u = 1 in F equal Euler steps."""
+        """Follow the velocity from x_0 (..., D), u = 0, to u = 1 in F (or `steps`) Euler steps."""
         x, steps = x_0, steps or self.config.flow_steps
         for i in range(steps):
             u = torch.full_like(x[..., :1], i / steps)
@@ -401,8 +401,8 @@ class FlowPolicy(Policy):
         return x.clamp(-1, 1)
 
     def flow_losses(self, batch, generator):
-        """Eq. 7: regress the velocity at (1-u) x_0 + u a, u random, on a - x_0 (x_0, a: (B, D)).
-        Padding has no error. With --center, `self.center` is regressed on a."""
+        """Eq. 7: fit the velocity at (1-u) x_0 + u a, u ~ U[0, 1], to a - x_0 (x_0, a: (B, D)).
+        Padding has no error. With --center, `self.center` is fitted to a."""
         observation, goal, a, valid = batch.observation, batch.actor_goal, batch.chunk, batch.valid
         x_0 = self.begin(observation, goal, self.noise(observation, generator))
         u = torch.rand(len(a), 1, generator=generator, device=a.device, dtype=a.dtype)
@@ -413,7 +413,7 @@ class FlowPolicy(Policy):
         return losses
 
     def loss(self, batch, generator):
-        """Eq. 7, and Eq. 8: `one_step` of x_0 is regressed on the end of the flow from x_0."""
+        """Eq. 7 and 8: fit `one_step` of x_0 to the flow's end from x_0. Padding has no error."""
         observation, goal = batch.observation, batch.actor_goal
         x_0 = self.begin(observation, goal, self.noise(observation, generator))
         with torch.no_grad():
@@ -441,11 +441,11 @@ class Rollout(NamedTuple):
     chunks: torch.Tensor  # (H, B, D)
     rewards: torch.Tensor  # (H, B)
     masks: torch.Tensor  # (H, B) 0 where the goal is met or the task ends, 1 elsewhere
-    goals: torch.Tensor  # (H, B, G) the same along a rollout
+    goal: torch.Tensor  # (B, G)
 
 
 def returns(rewards, masks, final_value, chunk_discount):
-    """R_k = r_k + gamma^n m_k R_{k+1}, with R_H the value of the last state (Eq. 10).
+    """Eq. 10, cut by masks m: R_k = r_k + gamma^n m_k R_{k+1}, R_H the value of the last state.
     (H, B), (H, B), (B,), gamma^n -> (H, B)"""
     value, result = final_value, []
     for reward, mask in zip(reversed(rewards), reversed(masks)):
@@ -456,7 +456,7 @@ def returns(rewards, masks, final_value, chunk_discount):
 
 class Agent(nn.Module):
     """The networks of MAC and what they compute. Methods take normalised observations and goals
-    unless they say "raw". `columns` lists the G coordinates of an observation that make it a goal,
+    unless they say "raw". `columns` lists the G coordinates of an observation that form a goal,
     none in reward-based tasks. `config.terminations` is off if the data have no terminations."""
     presets = {}  # settings that a subclass needs
 
@@ -499,7 +499,7 @@ class Agent(nn.Module):
         return observation + self.dynamics(observation, chunk)
 
     def q_target(self, reward, mask, next_observation, goal):
-        """The target of Q (Eq. 11): the reward of a chunk, and V of the state after it."""
+        """The target of Q: r + gamma^n m V(s_{t+n}) (Eq. 11, cut by the mask m)."""
         return reward + self.chunk_discount * mask * self.value(next_observation, goal)
 
     def model_q(self, observation, chunk, goal):
@@ -536,9 +536,8 @@ class Agent(nn.Module):
             chunks.append(self.best_of(observations[-1], goal, count, generator))
             observations.append(self.next_observation(observations[-1], chunks[-1]))
         observations, chunks = torch.stack(observations), torch.stack(chunks)
-        goals = goal.expand(len(chunks), *goal.shape)  # (H, B, G)
-        rewards, masks = self.outcome.predict(observations[:-1], chunks, goals)  # (H, B)
-        return Rollout(observations, chunks, rewards, masks, goals)
+        rewards, masks = self.outcome.predict(observations[:-1], chunks, goal)  # (H, B)
+        return Rollout(observations, chunks, rewards, masks, goal)
 
     def model_losses(self, batch):
         """Eq. 5, and Eq. 6 or success (A.1), on the batch's chunks."""
@@ -547,16 +546,16 @@ class Agent(nn.Module):
                 **self.outcome.loss(batch)}
 
     def value_losses(self, rollout):
-        """Eq. 10 for the H states of a rollout where a chunk begins, Eq. 11 for its first chunk."""
-        states, goals = rollout.observations, rollout.goals
+        """Eq. 10 for the H states at which chunks begin, Eq. 11 for each rollout's first chunk."""
+        states, goal = rollout.observations, rollout.goal
         with torch.no_grad():
             target = returns(rollout.rewards, rollout.masks,
-                             self.target_value(states[-1], goals[0]), self.chunk_discount)  # (H, B)
-        losses = {"value": F.mse_loss(self.value(states[:-1], goals), target)}
+                             self.target_value(states[-1], goal), self.chunk_discount)  # (H, B)
+        losses = {"value": F.mse_loss(self.value(states[:-1], goal), target)}
         if self.critic:
             with torch.no_grad():
-                target = self.q_target(rollout.rewards[0], rollout.masks[0], states[1], goals[0])
-            q = self.critic(states[0], rollout.chunks[0], goals[0])  # (B,)
+                target = self.q_target(rollout.rewards[0], rollout.masks[0], states[1], goal)
+            q = self.critic(states[0], rollout.chunks[0], goal)  # (B,)
             losses["critic"] = F.mse_loss(q, target)
         return losses
 
@@ -650,7 +649,7 @@ class Training:
         self.generators = devices.make_generators((config.seed, devices.RANK), place, device)
         self.warmup_steps = int(config.warmup * config.steps)
         self.step, self.saved, self.losses, self.logs = 0, 0, {}, None
-        devices.choose_threads(self.validate, device)  # by the time that a validation takes
+        devices.choose_threads(self.validate, device)  # the time of a validation decides
 
     def restore(self, checkpoint):
         """Continue from a checkpoint. A random stream whose device changed begins anew."""
@@ -743,7 +742,7 @@ class Training:
         """Raises MacError, status 3, if a loss or a parameter of any process is not finite."""
         values = {**self.losses, **dict(self.agent.named_parameters())}
         bad = [name for name in values if not values[name].isfinite().all()]
-        if (bad := sum(devices.gathered(bad), [])):
+        if bad := sum(devices.gathered(bad), []):
             raise MacError(f"{bad[0]} is not finite at step {self.step}, the last checkpoint is of "
                            f"step {self.saved}; start anew with a smaller --learning-rate", 3)
 
@@ -781,10 +780,10 @@ def train(config, folder, checkpoint=None):
     device = devices.set_up_device(config.device)
     world = find_world(config.env, config.goal, config.data)
     episodes.try_out(world, config.eval_interval > 0)
-    goals = len(world.columns)
-    if config.tolerance and not (goals and len(config.tolerance) in (1, goals)):
-        raise MacError(f"--tolerance: this task has {goals} goal coordinates; give a number for "
-                       "each, or one for all")
+    goal_size = len(world.columns)
+    if config.tolerance and not (goal_size and len(config.tolerance) in (1, goal_size)):
+        raise MacError(f"--tolerance: this task has {goal_size} goal coordinates; give a number "
+                       "for each, or one for all")
     if checkpoint:
         name, source = checkpoint["facts"]["data"], checkpoint["facts"]["source"]
     else:  # only process 0 looks: it may have to download or to collect
@@ -794,7 +793,7 @@ def train(config, folder, checkpoint=None):
     facts = {"sizes": [array.shape[1] for array in training[:2]], "columns": world.columns,
              "terminations": bool(training.terminated.any()), "box": world.box,
              "fingerprint": data.fingerprint(training), "data": name, "source": source}
-    for fact, before in (checkpoint["facts"] if checkpoint else facts).items():
+    for fact, before in (checkpoint["facts"] if checkpoint else {}).items():
         if facts[fact] != before:
             raise MacError("the data or the simulator are not those of this run: the "
                            f"{fact} was {before} and is {facts[fact]}")
@@ -896,5 +895,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # workers end, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that worker processes end, too
     sys.exit(main())

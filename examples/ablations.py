@@ -56,7 +56,7 @@ class GaussianPolicy(mac.Policy):
 
 class FQLAgent(mac.Agent):
     """Table 3, "FQL": the one-step network also climbs Q by its gradient at the imagined states,
-    with their goals; instead of that there is no rejection sampling: one candidate."""
+    with their goal; instead of that there is no rejection sampling: one candidate."""
 
     presets = {"candidates": 1, "eval_candidates": 1, "eval_flow": False, "critic": "network"}
 
@@ -67,10 +67,10 @@ class FQLAgent(mac.Agent):
         if rollout is None:
             return losses, rollout
         states = rollout.observations[:-1]  # (H, B, O)
-        chunk = self.policy.propose(states, rollout.goals, generator)  # (H, B, D)
+        chunk = self.policy.propose(states, rollout.goal, generator)  # (H, B, D)
         # Q's gradient is to reach the chunk, not Q itself.
         fixed = {name: p.detach() for name, p in self.critic.named_parameters()}
-        q = torch.func.functional_call(self.critic, fixed, (states, chunk, rollout.goals))
+        q = torch.func.functional_call(self.critic, fixed, (states, chunk, rollout.goal))
         # Divided by its own scale: alpha then weighs the same for any task's values.
         return {**losses, "actor": -q.mean() / q.abs().mean().detach()}, rollout
 

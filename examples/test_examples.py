@@ -136,7 +136,7 @@ def test_fql_gradient_reaches_the_one_step_policy_only(weight, settings):
     agent, noise = make_agent(policy="fql", candidates=1, **settings), generator(7)
     batch = mac.ChunkDataset(random_data([19, 39]), [0, 1], config()).sample(16, generator())
     plain, rollout = mac.Agent.losses(agent, batch, noise)
-    states, goals = rollout.observations[:-1], rollout.goals
+    states, goals = rollout.observations[:-1], rollout.goal.expand(4, -1, -1)
     z = torch.randn(4, 16, 6, generator=noise)
     q = agent.critic(states, agent.policy.one_step(states, goals, z).clamp(-1, 1), goals)
     actor = -q.mean() / q.abs().mean().item()  # over a number: no gradient goes through it
