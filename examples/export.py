@@ -29,8 +29,7 @@ class Acting(torch.nn.Module):
         observation, goal, z = (torch.zeros_like(x, dtype=torch.float32).copy_(x)
                                 for x in (observation, goal, z))
         agent = self.agent
-        observation = agent.normalizer(observation)
-        goal = agent.normalizer(goal, agent.columns)
+        observation, goal = agent.normalizer(observation), agent.normalizer(goal, agent.columns)
         chunks = agent.policy.decode(observation, goal, z)
         best = agent.q(observation, chunks, goal).argmax(0, keepdim=True)
         return chunks.index_select(0, best).view(agent.config.chunk, -1)
