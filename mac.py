@@ -91,7 +91,7 @@ class Config:
     tolerance: tuple = ()  # a chunk succeeds also if it begins within this distance of the goal:
                            # one number, or one for each goal coordinate, in raw units
     # networks and optimisation
-    width: int = 512  # hidden units in each of 4 layers; goals 1024, puzzle-4x5 256
+    width: int = 512  # hidden units in each of the 4 layers; goal-conditioned 1024, puzzle-4x5 256
     batch_size: int = 256  # chunks per gradient step; goal-conditioned 1024
     rollout_batch_size: int = 0  # states of a batch that are rolled out; 0: all
     learning_rate: float = 3e-4  # step size of Adam
@@ -413,7 +413,7 @@ class FlowPolicy(Policy):
         return losses
 
     def loss(self, batch, generator):
-        """Eq. 7 and 8: fit `one_step` of x_0 to the flow's end from x_0. Padding has no error."""
+        """Eq. 8, padding aside: fit `one_step` of x_0 to the flow's end from x_0. And Eq. 7."""
         observation, goal = batch.observation, batch.actor_goal
         x_0 = self.begin(observation, goal, self.noise(observation, generator))
         with torch.no_grad():
@@ -441,7 +441,7 @@ class Rollout(NamedTuple):
     chunks: torch.Tensor  # (H, B, D)
     rewards: torch.Tensor  # (H, B)
     masks: torch.Tensor  # (H, B) 0 where the goal is met or the task ends, 1 elsewhere
-    goal: torch.Tensor  # (B, G)
+    goal: torch.Tensor  # (B, G) the same along a rollout
 
 
 def returns(rewards, masks, final_value, chunk_discount):
