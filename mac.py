@@ -14,17 +14,17 @@ The algorithm, and the function of each step (equation numbers are the paper's):
     6. update                 target V by EMA, one optimizer step on the sum of all losses
 
 Shapes: B batch, N candidates (Algorithm 1 has M), H rollout length in chunks, n chunk length,
-O observation, A action, G goal (0 in reward-based tasks), D = n A the flattened chunk;
-T dataset states, K trajectories. a_{t:t+n} are the n actions from a_t on. z is noise of N(0, I),
-x_0 the beginning of the flow (u = 0). Networks see states and goals scaled to [-1, 1]. A batch is
-raw until `Agent.normalize`; arguments of `act` are raw.
+O observation, A action, G goal (0 in reward-based tasks), D = n A the flattened chunk, K
+trajectories. a_{t:t+n} are the n actions from a_t on. z is noise of N(0, I), x_0 the beginning of
+the flow (u = 0). Networks see states and goals scaled to [-1, 1]; `Agent.normalize` does it.
 
 Main points where this file follows the authors' code, as the paper differs or is silent:
     - the noised chunk is (1-u) z + u a: Eq. 7 swaps z and a, the text below it does not;
     - the dynamics network predicts the change of state;
     - in reward-based tasks a chunk's reward is the *mean* of its n discounted rewards, not the
       sum (`--chunk-reward sum`), so V and Q are 1/n of the paper's; the arg max is the same;
-    - losses are means over coordinates, where the paper writes sums;
+    - losses are means over coordinates, where the paper writes sums, and all networks take a step
+      at once, where Algorithm 1 takes them in turn;
     - a chunk succeeds if the goal's index is in [t, t+n); proposals and the teacher of the
       distillation are clamped to [-1, 1]; target V moves towards V as it was before the step;
     - at test time only the first action of a chunk is executed (`--execute`).
@@ -52,7 +52,7 @@ from support.worlds import find_world
 
 # -------------------------------------------------------------------------------- settings
 
-LARGEST = 2 ** 32 - 1  # a setting is from 0 to this, if it has no other bounds here
+LARGEST = 2 ** 32 - 1  # a setting without bounds of its own here is from 0 to this
 BOUNDS = {"discount": (0.001, 0.999999), "warmup": (0, 0.99), "ema_rate": (0, 1), **dict.fromkeys(
     ("steps", "chunk", "horizon", "candidates", "eval_candidates", "execute", "flow_steps", "width",
      "batch_size", "eval_episodes"), (1, LARGEST))}
@@ -61,7 +61,8 @@ BOUNDS = {"discount": (0.001, 0.999999), "warmup": (0, 0.99), "ema_rate": (0, 1)
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Every setting; its comment is the help of its flag. Defaults are those of Tables 7 and 8, the
-    odds of goals Table 6's for cubes. `settings` changes what depends on the task or --small."""
+    odds of goals Table 6's for cubes. An option that is off, 0 or empty is not in the paper.
+    `settings` (below) changes what depends on the task or --small."""
 
     env: str = "cube-double-play-v0"  # OGBench id; with --data a gymnasium id
     data: str = ""  # own trajectories: .npz, .hdf5 or a folder of them (README)
@@ -76,8 +77,8 @@ class Config:
     eval_candidates: int = 32  # N at test time
     execute: int = 1  # actions of each chunk that are executed at test time
     flow_steps: int = 10  # F: Euler steps of the flow policy
-    flow_noise: float = 1.0  # standard deviation of the noise where the flow begins; the paper's 1
-    center: bool = False  # let the flow begin around a regressed chunk (not in the paper)
+    flow_noise: float = 1.0  # standard deviation of the noise where the flow begins; 1 in the paper
+    center: bool = False  # let the flow begin around a chunk that a further network regresses
     eval_flow: bool = False  # at test time propose by the flow itself, not by its distillation
     policy: str = "flow"  # behaviour policy, by its name in POLICIES
     critic: Literal["network", "model"] = "network"  # model: Q = Eq. 11's target (not in the paper)
@@ -121,69 +122,6 @@ class Config:
                 raise MacError(f"{console.flag(name)}: the odds are all 0")
 
 
-# Tuned on two cores. V has few steps to learn: smaller discount and horizon, larger EMA rate.
-# Rollouts in bad models are wasted: warmup. Coarse distillation: at test time the flow proposes.
-SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5, "candidates": 4,
-         "eval_candidates": 16, "flow_steps": 3, "eval_flow": True, "discount": 0.99,
-         "ema_rate": 0.02, "learning_rate": 1e-3, "decay": True, "steps": 16_000, "warmup": 0.5,
-         "execute": 10, "log_interval": 250, "eval_interval": 2000, "eval_episodes": 20,
-         "save_interval": 2000}
-# OGBench's scripts hardly ever miss a grasp, so their data show no corrections. Noisier scripts
-# miss, and correct. With --small a critic has too few steps to learn how to rank proposals.
-COMMON = {"collect_noise": 0.3, "critic": "model"}
-# A flow learns to aim in fewer steps from smaller noise (of four values 0.3 was the best). For two
-# cubes that noise is around a chunk that another network predicts (`center`).
-AIM = {**COMMON, "flow_noise": 0.3, "learning_rate": 3e-3, "execute": 3}
-CUBES = {**AIM, "warmup": 0.6, "horizon": 6, "value_goals": (0.1, 0.7, 0.2, 0.0)}
-# Long tasks. In scene, with 0.99, to press a button costs more than it gains later.
-LONG = {"discount": 0.995, "horizon": 10}
-SMALL_TASKS = {  # key: how the id begins
-    "cube-single-play-v0": {**CUBES, "collect": 200, "steps": 15_000},
-    "cube-double-play-v0": {**CUBES, "center": True, "collect": 1000, "steps": 50_000,
-                            "eval_interval": 10_000, "eval_episodes": 10},
-    "cube-double-play-singletask": {**AIM, **LONG, "center": True, "collect": 1000, "warmup": 0.6,
-                                    "steps": 20_000, "learning_rate": 1e-2, "flow_steps": 5},
-    # V is worth learning only when the policy aims well: a long warmup with large steps. A cube
-    # within 2 cm (0.2) of its goal counts as there: a task may begin with it 1 cm off.
-    "scene-play-v0": {**AIM, **LONG, "collect": 500, "steps": 64_000, "warmup": 0.7,
-                      "learning_rate": 1e-2, "flow_steps": 5, "value_goals": (0.2, 0.35, 0.35, 0.1),
-                      "tolerance": (0.2, 0.2, 0.2, 0.5, 0.5, 0.36, 0.3)},
-    "scene-play-singletask": {**COMMON, **LONG, "collect": 300, "steps": 24_000},
-    # One button of many is the right one: many candidates. V learns from goals that are near.
-    ("puzzle-3x3-play-v0", "puzzle-4x4-play-v0"): {
-        **AIM, "collect": 300, "steps": 24_000, "warmup": 0.4, "candidates": 16,
-        "tolerance": (0.5,), "value_goals": (0.1, 0.8, 0.1, 0.0)}}
-
-
-def settings(**given):
-    """The Config of the settings given. What is not given comes from the `presets` of the policy's
-    Agent, else from --small, else from the paper (Tables 6 to 8). Raises MacError."""
-    if given.get("data"):
-        given = {"env": "", **given, "data": str(console.home(given["data"], "--data").absolute())}
-    asked = Config(**given)
-    world, result = find_world(asked.env, asked.goal, asked.data), {}
-    if world.goal_conditioned:
-        result.update(batch_size=1024, width=1024, steps=2_000_000)
-    if "puzzle-4x5" in asked.env:  # 20 buttons need more candidates; a smaller net pays for them
-        result.update(candidates=32, width=256)
-    if world.family == "puzzle":
-        result["actor_goals"] = (0.0, 0.5, 0.0, 0.5)
-    elif world.family in ("pointmaze", "antmaze", "humanoidmaze", "antsoccer"):
-        result["actor_goals"] = (0.0, 0.0, 1.0, 0.0)
-    if asked.small:
-        result.update(SMALL, collect=100 if world.scripted else 0)
-        for name, task in (SMALL_TASKS if asked.goal == "task" else {}).items():
-            if asked.env.replace("-oraclerep", "").startswith(name):
-                result.update(task)
-    result.update(AGENTS.get(asked.policy, Agent).presets, **given)
-    config = Config(**result)
-    if config.policy not in POLICIES:
-        raise MacError(f"--policy: there is no {config.policy!r} here, only {', '.join(POLICIES)}")
-    if config.collect and not world.scripted:
-        raise MacError(f"--collect: there is no scripted policy for {config.env!r}")
-    return dataclasses.replace(config, execute=min(config.execute, config.chunk))
-
-
 # --------------------------------------------------------------------------- chunk dataset
 
 class Batch(NamedTuple):
@@ -192,10 +130,10 @@ class Batch(NamedTuple):
     chunk: torch.Tensor  # (B, D) a_t ... a_{t+n-1}, clipped to (-1, 1) as in the published code
     reward: torch.Tensor  # (B,) mean or sum of gamma^i r_{t+i}
     next_observation: torch.Tensor  # (B, O) s_{t+n}, or the state in which the task ended
-    success: torch.Tensor  # (B,) 1 where the value goal's index is in [t, t+n), or s_t is near
+    success: torch.Tensor  # (B,) 1: the value goal's index is in [t, t+n), or s_t is near it
     value_goal: torch.Tensor  # (B, G) for outcomes, rollouts, V and Q: may be any state
     actor_goal: torch.Tensor  # (B, G) for cloning: often a later state of the trajectory
-    terminated: torch.Tensor  # (B,) 1 where the task ended within the chunk
+    termination: torch.Tensor  # (B,) 1 where the task ended within the chunk
     valid: torch.Tensor  # (B, D) 1 for logged actions, 0 for padding after the task's end
 
 
@@ -213,8 +151,8 @@ class ChunkDataset:
         # A chunk may start wherever n actions and a state follow, the last such place included.
         # If the task ended, it may also start in the last n - 1 steps; the rest is then padding.
         self.last_starts = self.ends - torch.where(self.terminated, 1, config.chunk)  # (K,)
-        count = (self.last_starts - begins + 1).clamp(min=0)  # (K,) starts of each trajectory
-        self.starts_up_to = count.cumsum(0)  # (K,) starts up to and including this one
+        # (K,) starts in the trajectories up to this one, its own included
+        self.starts_up_to = (self.last_starts - begins + 1).clamp(min=0).cumsum(0)
         self.total_starts = int(self.starts_up_to[-1])
         if not self.total_starts:
             raise MacError("the training or validation data have no trajectory with the "
@@ -227,11 +165,11 @@ class ChunkDataset:
     def start(self, pick):
         """State indices (B,) of the legal starts numbered `pick` (B,)."""
         k = torch.searchsorted(self.starts_up_to, pick, right=True)  # the trajectory picked
-        return self.last_starts[k] - (self.starts_up_to[k] - 1 - pick)  # counted from its last one
+        return self.last_starts[k] - (self.starts_up_to[k] - 1 - pick)  # back from its last one
 
     def sample(self, batch_size, generator, step=0):
-        """B chunks, uniform over all legal starts or, with --window, over that many in a row. The
-        window moves through the data by its own length in 1,000 steps. -> Batch"""
+        """B chunks, uniform over all legal starts or, with --window, over those in a window, which
+        moves through the data by its own length in 1,000 steps. -> Batch"""
         window, device = self.config.window or self.total_starts, self.ends.device
         first = torch.tensor([step * self.config.window // 1000 % self.total_starts], device=device)
         pick = torch.randint(min(window, self.total_starts), (batch_size,), generator=generator,
@@ -267,7 +205,7 @@ class ChunkDataset:
             success=success.float(),
             value_goal=goal,
             actor_goal=states[3].index_select(1, self.columns),
-            terminated=(self.terminated[k] & (start + n >= last)).float(),
+            termination=(self.terminated[k] & (start + n >= last)).float(),
             valid=valid,
         )
 
@@ -306,7 +244,7 @@ class Normalizer(nn.Module):
         self.scale.copy_((high - low) / 2 + 1e-3)  # as in the published code; never 0
 
     def forward(self, x, columns=slice(None)):
-        """x (..., width), or (..., G) if it holds only those `columns` (G,)."""
+        """x (..., width); or (..., G), which holds only the `columns` (G,)."""
         return (x - self.middle[columns]) / self.scale[columns]
 
 
@@ -342,10 +280,11 @@ class Outcome(MLP):
 
     def loss(self, batch):
         """Squared error of the reward, cross-entropy of the others. -> {name: loss}"""
-        truth = {"reward": batch.reward, "termination": batch.terminated, "success": batch.success}
-        outputs = self(batch.observation, batch.chunk, batch.value_goal).unbind(-1)
-        return {name: (F.mse_loss if name == "reward" else F.binary_cross_entropy_with_logits)(
-            output, truth[name]) for name, output in zip(self.names, outputs)}
+        outputs, losses = self(batch.observation, batch.chunk, batch.value_goal), {}
+        for name, output in zip(self.names, outputs.unbind(-1)):
+            loss = F.mse_loss if name == "reward" else F.binary_cross_entropy_with_logits
+            losses[name] = loss(output, getattr(batch, name))
+        return losses
 
     def predict(self, observation, chunk, goal):
         """-> reward (...), mask (...): 0 where the goal is met or the task ends, 1 elsewhere. With
@@ -371,10 +310,6 @@ class Policy(nn.Module):
         """z (..., D) from N(0, I) for each row of observation (..., O)."""
         return torch.randn(*observation.shape[:-1], self.chunk_size, generator=generator,
                            device=observation.device, dtype=observation.dtype)
-
-    def propose(self, observation, goal, generator):
-        """A chunk (..., D) for each row of observation (..., O) and goal (..., G)."""
-        return self.decode(observation, goal, self.noise(observation, generator))
 
 
 class FlowPolicy(Policy):
@@ -413,7 +348,7 @@ class FlowPolicy(Policy):
         return losses
 
     def loss(self, batch, generator):
-        """Eq. 8, padding aside: fit `one_step` of x_0 to the flow's end from x_0. And Eq. 7."""
+        """Eq. 7, and Eq. 8: fit one_step(x_0) to where the flow from x_0 ends, but at padding."""
         observation, goal = batch.observation, batch.actor_goal
         x_0 = self.begin(observation, goal, self.noise(observation, generator))
         with torch.no_grad():
@@ -490,8 +425,9 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def fill(self, batch, generator):
-        """Replace padding by the policy's proposal: zeros would reveal the termination."""
-        proposal = self.policy.propose(batch.observation, batch.actor_goal, generator)
+        """Replace padding by the policy's proposal: zeros would show that the task ends."""
+        z = self.policy.noise(batch.observation, generator)
+        proposal = self.policy.decode(batch.observation, batch.actor_goal, z)
         return batch._replace(chunk=torch.where(batch.valid == 1, batch.chunk, proposal))
 
     def next_observation(self, observation, chunk):
@@ -512,8 +448,7 @@ class Agent(nn.Module):
         return (self.critic or self.model_q)(observation, chunk, goal)
 
     def proposals(self, observation, goal, count, generator):
-        """N = `count` chunks of the policy (None: `eval_candidates`) for each state, and their Q.
-        -> (B, N, D), (B, N)"""
+        """For each state N = `count` chunks of the policy, and their Q. -> (B, N, D), (B, N)"""
         count = self.config.eval_candidates if count is None else count
         if count < 1:
             raise ValueError(f"{count} candidates, where at least one is needed")
@@ -548,20 +483,18 @@ class Agent(nn.Module):
     def value_losses(self, rollout):
         """Eq. 10 for the H states at which chunks begin, Eq. 11 for each rollout's first chunk."""
         states, goal = rollout.observations, rollout.goal
-        with torch.no_grad():
-            target = returns(rollout.rewards, rollout.masks,
-                             self.target_value(states[-1], goal), self.chunk_discount)  # (H, B)
+        final = self.target_value(states[-1], goal)  # no gradient: `target_value` requires none
+        target = returns(rollout.rewards, rollout.masks, final, self.chunk_discount)  # (H, B)
         losses = {"value": F.mse_loss(self.value(states[:-1], goal), target)}
         if self.critic:
-            with torch.no_grad():
-                target = self.q_target(rollout.rewards[0], rollout.masks[0], states[1], goal)
+            target = self.q_target(rollout.rewards[0], rollout.masks[0], states[1], goal).detach()
             q = self.critic(states[0], rollout.chunks[0], goal)  # (B,)
             losses["critic"] = F.mse_loss(q, target)
         return losses
 
     def losses(self, batch, generator, model_only=False):
         """-> the losses of a raw batch, whose sum is minimised, and the rollout. With `model_only`
-        (the warmup) neither V nor Q is trained, and the rollout is None."""
+        (the warmup) V and Q are left alone, and the rollout is None."""
         batch = self.normalize(batch)
         if self.config.terminations:
             batch = self.fill(batch, generator)
@@ -624,7 +557,7 @@ def update(agent, optimizer, batch, generator, model_only=False):
     return metrics if model_only else {**metrics, "rollout_reward": rollout.rewards.mean()}
 
 
-# -------------------------------------------------------------------------------- training
+# --------------------------------------------------- training: the method itself ends here
 
 class Training:
     """A training run. Validation and evaluation have random streams of their own."""
@@ -649,13 +582,13 @@ class Training:
         self.generators = devices.make_generators((config.seed, devices.RANK), place, device)
         self.warmup_steps = int(config.warmup * config.steps)
         self.step, self.saved, self.losses, self.logs = 0, 0, {}, None
-        devices.choose_threads(self.validate, device)  # the time of a validation decides
+        devices.choose_threads(self.validate, device)  # by the time that a validation takes
 
     def restore(self, checkpoint):
         """Continue from a checkpoint. A random stream whose device changed begins anew."""
         self.agent.load_state_dict(checkpoint["agent"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        group = self.optimizer.param_groups[0]  # its tensors are still on the CPU
+        group = self.optimizer.param_groups[0]  # its learning rate is still on the CPU
         group.update(capturable=self.device.type == "cuda", lr=group["lr"].to(self.device))
         mine = checkpoint["generators"][2 * devices.RANK:]  # two of each process
         for generator, saved in zip(self.generators, mine):
@@ -747,7 +680,7 @@ class Training:
                            f"step {self.saved}; start anew with a smaller --learning-rate", 3)
 
     def evaluate(self, world, stop, count, seed, execute, candidates, log=False):
-        """Process 0 plays `count` episodes of every task. If it is stopped, --resume repeats it."""
+        """Process 0 plays `count` episodes of every task; --resume repeats it after a stop."""
         if devices.RANK:
             return
         results = episodes.play(world, self.agent.eval(), count, seed, execute, candidates,
@@ -836,11 +769,6 @@ def load(run, device="cpu"):
     return agent.float().to(device).eval()  # float32, also if the default is float64
 
 
-# What --resume may change; a new `device`, or `steps` with --decay, gives other final parameters.
-MAY_CHANGE = {"steps", "device", "log_interval", "eval_interval", "save_interval",
-              "eval_episodes", "data", "dataset_dir", "cache_dir", "save_dir", "tensorboard"}
-
-
 def benchmark(config, updates):
     """Time updates on random data of the environment's shape. -> dict, for one line of JSON"""
     device = devices.set_up_device(config.device)
@@ -852,6 +780,75 @@ def benchmark(config, updates):
     batches, noise = run.generators
     return devices.benchmark(lambda: update(run.agent, run.optimizer, run.draw(batches), noise),
                              run.make_step(), device, updates)
+
+
+# -------------------------------------------------------------------- presets, command line
+
+# Tuned on two cores. V has few steps to learn: smaller discount and horizon, larger EMA rate.
+# Rollouts in bad models are wasted: warmup. Coarse distillation: at test time the flow proposes.
+SMALL = {"width": 256, "batch_size": 256, "rollout_batch_size": 64, "horizon": 5, "candidates": 4,
+         "eval_candidates": 16, "flow_steps": 3, "eval_flow": True, "discount": 0.99,
+         "ema_rate": 0.02, "learning_rate": 1e-3, "decay": True, "steps": 16_000, "warmup": 0.5,
+         "execute": 10, "log_interval": 250, "eval_interval": 2000, "eval_episodes": 20,
+         "save_interval": 2000}
+# OGBench's scripts hardly ever miss a grasp, so their data show no corrections. Noisier scripts
+# miss, and correct. In these tasks a critic has too few steps to learn how to rank proposals.
+COMMON = {"collect_noise": 0.3, "critic": "model"}
+# From smaller noise, for two cubes around a regressed chunk, a flow learns to aim in fewer steps.
+AIM = {**COMMON, "flow_noise": 0.3, "learning_rate": 3e-3, "execute": 3}
+CUBES = {**AIM, "warmup": 0.6, "horizon": 6, "value_goals": (0.1, 0.7, 0.2, 0.0)}
+# Long tasks. With a discount of 0.99, pressing a button in scene costs more than it gains later.
+LONG = {"discount": 0.995, "horizon": 10}
+SMALL_TASKS = {  # key: how the id begins
+    "cube-single-play-v0": {**CUBES, "collect": 200, "steps": 15_000},
+    "cube-double-play-v0": {**CUBES, "center": True, "collect": 1000, "steps": 50_000,
+                            "eval_interval": 10_000, "eval_episodes": 10},
+    "cube-double-play-singletask": {**AIM, **LONG, "center": True, "collect": 1000, "warmup": 0.6,
+                                    "steps": 20_000, "learning_rate": 1e-2, "flow_steps": 5},
+    # V is worth learning only when the policy aims well: a long warmup, a large learning rate.
+    # Tolerances: the cube 2 cm (a task may begin 1 cm off), two buttons, the drawer, the window.
+    "scene-play-v0": {**AIM, **LONG, "collect": 500, "steps": 64_000, "warmup": 0.7,
+                      "learning_rate": 1e-2, "flow_steps": 5, "value_goals": (0.2, 0.35, 0.35, 0.1),
+                      "tolerance": (0.2, 0.2, 0.2, 0.5, 0.5, 0.36, 0.3)},
+    "scene-play-singletask": {**COMMON, **LONG, "collect": 300, "steps": 24_000},
+    # One button of many is the right one: many candidates. V learns from goals that are near.
+    ("puzzle-3x3-play-v0", "puzzle-4x4-play-v0"): {
+        **AIM, "collect": 300, "steps": 24_000, "warmup": 0.4, "candidates": 16,
+        "tolerance": (0.5,), "value_goals": (0.1, 0.8, 0.1, 0.0)}}
+
+
+def settings(**given):
+    """The Config of the settings given. What is not given comes from the `presets` of the policy's
+    Agent, else from --small, else from the paper (Tables 6 to 8). Raises MacError."""
+    if given.get("data"):
+        given = {"env": "", **given, "data": str(console.home(given["data"], "--data").absolute())}
+    asked = Config(**given)
+    world, result = find_world(asked.env, asked.goal, asked.data), {}
+    if world.goal_conditioned:
+        result.update(batch_size=1024, width=1024, steps=2_000_000)
+    if "puzzle-4x5" in asked.env:  # 20 buttons need more candidates; a smaller net pays for them
+        result.update(candidates=32, width=256)
+    if world.family == "puzzle":
+        result["actor_goals"] = (0.0, 0.5, 0.0, 0.5)
+    elif world.family in ("pointmaze", "antmaze", "humanoidmaze", "antsoccer"):
+        result["actor_goals"] = (0.0, 0.0, 1.0, 0.0)
+    if asked.small:
+        result.update(SMALL, collect=100 if world.scripted else 0)
+        for name, task in (SMALL_TASKS if asked.goal == "task" else {}).items():
+            if asked.env.replace("-oraclerep", "").startswith(name):
+                result.update(task)
+    result.update(AGENTS.get(asked.policy, Agent).presets, **given)
+    config = Config(**result)
+    if config.policy not in POLICIES:
+        raise MacError(f"--policy: there is no {config.policy!r} here, only {', '.join(POLICIES)}")
+    if config.collect and not world.scripted:
+        raise MacError(f"--collect: there is no scripted policy for {config.env!r}")
+    return dataclasses.replace(config, execute=min(config.execute, config.chunk))
+
+
+# What --resume may change; a new `device`, or `steps` with --decay, gives other final parameters.
+MAY_CHANGE = {"steps", "device", "log_interval", "eval_interval", "save_interval",
+              "eval_episodes", "data", "dataset_dir", "cache_dir", "save_dir", "tensorboard"}
 
 
 def parse(argv):

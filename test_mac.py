@@ -64,7 +64,7 @@ def test_chunks_rewards_and_labels_by_brute_force(n, kind, near):
             total = sum(0.9 ** i * math.sin(t + i) for i in range(taken))
             assert np.isclose(batch.reward[row], total / n if kind == "mean" else total, atol=1e-6)
             assert batch.observation[row] == t and batch.next_observation[row] == t + taken
-            assert batch.terminated[row] == (end and t + n >= last)
+            assert batch.termination[row] == (end and t + n >= last)
             ahead = batch.value_goal[row] - t
             assert batch.success[row] == (0 <= ahead <= min(n - 1, last - t) or
                                           bool(near) and abs(ahead) <= 2)
@@ -78,7 +78,7 @@ def test_chunks_rewards_and_labels_by_brute_force(n, kind, near):
     assert (counts[starts] - 3000 / len(starts)).abs().max() < 5 * (3000 / len(starts)) ** 0.5
     whole = hand_made(lengths, ended, chunk=n, terminations=False)  # without padded chunks
     assert whole.total_starts == sum(max(0, length - n) for length in lengths) <= len(starts)
-    assert not whole.sample(99, generator()).terminated.any()
+    assert not whole.sample(99, generator()).termination.any()
     with pytest.raises(MacError, match=f"no trajectory with the {n} actions"):
         hand_made((n, n), chunk=n)
 
@@ -200,7 +200,7 @@ def test_a_flow_keeps_two_modes(sigma):
     torch.manual_seed(0)
     policy = mac.FlowPolicy(1, 0, 1, config(width=32, eval_flow=True, flow_noise=sigma))
     optimizer = torch.optim.Adam(policy.parameters(), 3e-3, fused=True)
-    noise = generator()
+    noise, no_goal = generator(), torch.zeros(0)
     for _ in range(500):
         sign = torch.randint(0, 2, (256, 1), generator=noise) * 2.0 - 1
         chunk = 0.6 * sign + 0.05 * torch.randn(256, 1, generator=noise)
@@ -210,7 +210,7 @@ def test_a_flow_keeps_two_modes(sigma):
     for training in (True, False):  # the distillation; the flow itself
         policy.train(training)
         with torch.no_grad():
-            sample = policy.propose(torch.zeros(4000, 1), torch.zeros(4000, 0), noise)
+            sample = policy.decode(torch.zeros(1), no_goal, torch.randn(4000, 1, generator=noise))
         near = [(abs(sample - mode) < 0.2).float().mean() for mode in (-0.6, 0.6)]
         assert min(near) > 0.35 and (abs(sample) < 0.3).float().mean() < 0.1
 
@@ -388,12 +388,12 @@ def test_model_losses(goal, terminations):
     agent = make_agent(goal, terminations)
     batch = chunk_data(goal).sample(9, generator())
     batch = batch._replace(success=(torch.arange(9) % 2).float(),
-                           terminated=(torch.arange(9) % 3).clamp(max=1).float())
+                           termination=(torch.arange(9) % 3).clamp(max=1).float())
     following = batch.observation + agent.dynamics(batch.observation, batch.chunk)
     expected = {"dynamics": (following - batch.next_observation).square().mean()}
     outputs = agent.outcome(batch.observation, batch.chunk, batch.value_goal).unbind(-1)
     for name, output in zip(agent.outcome.names, outputs):
-        p, y = torch.sigmoid(output), batch.success if name == "success" else batch.terminated
+        p, y = torch.sigmoid(output), batch.success if name == "success" else batch.termination
         expected[name] = -(y * p.log() + (1 - y) * (1 - p).log()).mean()
         if name == "reward":
             expected[name] = (output - batch.reward).square().mean()
@@ -447,7 +447,8 @@ def test_models_see_scaled_data_and_are_not_told_of_an_end_by_what_follows_it(te
         expected = (getattr(batch, name) - middle[columns]) / scale[columns]
         assert torch.allclose(seen[name], expected, atol=1e-5)
     with torch.no_grad():
-        proposal = agent.policy.propose(seen["observation"], seen["actor_goal"], generator(1))
+        z = torch.randn(batch.chunk.shape, generator=generator(1))
+        proposal = agent.policy.decode(seen["observation"], seen["actor_goal"], z)
     filled = torch.where(valid, batch.chunk, proposal)
     assert torch.equal(seen["chunk"], filled if terminations else batch.chunk)
 

@@ -67,7 +67,7 @@ class FQLAgent(mac.Agent):
         if rollout is None:
             return losses, rollout
         states = rollout.observations[:-1]  # (H, B, O)
-        chunk = self.policy.propose(states, rollout.goal, generator)  # (H, B, D)
+        chunk = self.policy.decode(states, rollout.goal, self.policy.noise(states, generator))
         # Q's gradient is to reach the chunk, not Q itself.
         fixed = {name: p.detach() for name, p in self.critic.named_parameters()}
         q = torch.func.functional_call(self.critic, fixed, (states, chunk, rollout.goal))

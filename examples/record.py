@@ -13,8 +13,6 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # where support/ is
 from support import console
 
-NAMES = "observations", "actions", "rewards", "terminals", "timeouts", "next_observations"
-
 
 def controller(s, rng):
     """Torques of a force that draws the fingertip to the target, damped and noisy."""
@@ -34,15 +32,16 @@ def main(argv):
     args = parser.parse_args(argv)
     if args.file.suffix != ".npz" or args.file.exists() or args.episodes < 2:
         raise console.MacError(f"{args.file} must be a new .npz file, of two episodes or more")
+    names = "observations", "actions", "rewards", "terminals", "timeouts", "next_observations"
     env, rng, rows = gymnasium.make("Reacher-v5"), np.random.default_rng(0), []
     for episode in range(args.episodes):
         (observation, _), done = env.reset(seed=episode), False
         while not done:
             action = controller(observation, rng)
             following, reward, terminated, truncated, _ = env.step(action)
-            rows.append((observation, action, reward, terminated, truncated, following))  # NAMES
+            rows.append((observation, action, reward, terminated, truncated, following))  # names
             observation, done = following, terminated or truncated
-    np.savez(args.file, **{name: np.array(column) for name, column in zip(NAMES, zip(*rows))})
+    np.savez(args.file, **{name: np.array(column) for name, column in zip(names, zip(*rows))})
     console.say(f"wrote {args.file}: {args.episodes} episodes")
 
 

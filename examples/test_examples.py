@@ -87,8 +87,7 @@ def test_a_gaussian_has_one_mode_and_is_fitted_by_its_likelihood_without_padding
     given = batch.observation, batch.actor_goal
     mean, log_std = (x.detach().double() for x in policy.moments(*given))
     z = torch.randn(9, 4, generator=generator(3))
-    assert torch.allclose(policy.propose(*given, generator(3)).double(),
-                          torch.tanh(mean + log_std.exp() * z))
+    assert torch.allclose(policy.decode(*given, z).double(), torch.tanh(mean + log_std.exp() * z))
     a = batch.chunk.double()  # density of tanh(x): that of x over the slope of tanh
     z = (torch.atanh(a) - mean) / log_std.exp()
     log_p = -z ** 2 / 2 - log_std - np.log(2 * np.pi) / 2 - torch.log(1 - a ** 2)
@@ -113,7 +112,7 @@ def test_a_gaussian_puts_one_mode_between_two():
                               torch.ones_like(chunk)), noise)["likelihood"].backward()
         optimizer.step()
     with torch.no_grad():
-        sample = policy.propose(torch.zeros(4000, 1), torch.zeros(4000, 0), noise)
+        sample = policy.decode(states[:1], goals[:1], torch.randn(4000, 1, generator=noise))
     x = torch.atanh(sample.clamp(-0.9999, 0.9999))  # moments of atanh of the data: 0, atanh(0.6)
     assert abs(x.mean()) < 0.1 and 0.6 < x.std() < 0.8
     near = [(abs(sample - mode) < 0.2).float().mean() for mode in (-0.6, 0.6)]
@@ -126,7 +125,7 @@ def test_onestep_is_the_flow_policy_with_one_euler_step():
     batch, z = toy_batch(), torch.randn(9, 4, generator=generator(3))
     given = batch.observation, batch.actor_goal
     expected = (z + flow.velocity(*given, z, torch.zeros(9, 1))).clamp(-1, 1)
-    assert torch.equal(one.propose(*given, generator(3)), expected)
+    assert torch.equal(one.decode(*given, z), expected)
     assert one.loss(batch, generator(4)) == flow.flow_losses(batch, generator(4))
 
 
