@@ -656,7 +656,7 @@ def test_settings_follow_the_environment():
     for env, goal, *expected in (
             ("cube-double-play", "task", 1000, 0.3, True, 0.99, 0),
             ("cube-double-play-oraclerep", "task", 1000, 0.3, True, 0.99, 0),
-            ("puzzle-4x4-play-oraclerep", "task", 300, 1, False, 0.99, 1),
+            ("puzzle-4x4-play-oraclerep", "task", 300, 0.3, False, 0.99, 1),
             ("cube-double-play", "observation", 100, 1, False, 0.99, 0),
             ("cube-double-play-singletask-task3", "task", 1000, 0.3, True, 0.995, 0),
             ("cube-triple-play", "task", 100, 1, False, 0.99, 0),
